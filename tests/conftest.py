@@ -1,0 +1,34 @@
+"What all tests share. Tests need no network and no screen."
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+os.environ.setdefault('MPLBACKEND', 'agg')
+os.environ.setdefault('HF_HUB_OFFLINE', '1')
+
+settings.register_profile('patient', deadline=None, print_blob=True)  # a busy machine is no failure
+if 'CI' not in os.environ: settings.load_profile('patient')
+
+ROOT = Path(__file__).resolve().parent.parent
+NOT_SOURCE = {'.git', '.venv', 'venv', 'build', 'dist', '_proc', '_docs', '__pycache__', '.pytest_cache', '.hypothesis', '.ipynb_checkpoints'}
+
+
+def source_files():
+    "Every file of the checkout that git has or would add, relative to the root; without git, all but the usual left-overs."
+    git = subprocess.run(['git', 'ls-files', '-z', '--cached', '--others', '--exclude-standard'], cwd=ROOT, capture_output=True, text=True)
+    if git.returncode == 0: found = [Path(p) for p in git.stdout.split('\0') if p]
+    else: found = [p.relative_to(ROOT) for p in ROOT.rglob('*')]
+    return sorted({p for p in found if (ROOT/p).is_file() and not any(s in NOT_SOURCE or s.endswith('.egg-info') for s in p.parts)})
+
+
+@pytest.fixture
+def copy(tmp_path):
+    "A copy of the checkout's source files, so that no test changes the checkout."
+    for path in source_files():
+        (tmp_path/'copy'/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/path, tmp_path/'copy'/path)
+    return tmp_path/'copy'

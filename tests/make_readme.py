@@ -1,0 +1,55 @@
+"Make README.md from nbs/index.ipynb, without Quarto: `python tests/make_readme.py`"
+import json
+import posixpath
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+NOTE = '<!-- made from nbs/index.ipynb by python tests/make_readme.py -->'
+LINK = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s]+)')
+FENCE = re.compile(r'(^```.*?^```[^\n]*$|`[^`\n]+`)', re.M | re.S)
+
+
+def from_root(target):
+    "A link as written in nbs/, as the README at the root must write it."
+    if re.match(r'[a-z][a-z0-9+.-]*:|[#/]', target, re.I): return target
+    return posixpath.normpath(posixpath.join('nbs', target))
+
+
+def relink(markdown):
+    "Rewrite the relative links outside code."
+    parts = FENCE.split(markdown)
+    parts[::2] = [LINK.sub(lambda m: m[1] + from_root(m[2]), part) for part in parts[::2]]
+    return ''.join(parts)
+
+
+def fenced(text, language=''): return f'```{language}\n{text.rstrip()}\n```'
+
+
+def output(out):
+    "One output of a code cell as markdown; the README takes text only, pictures belong in nbs/images."
+    if out['output_type'] == 'stream': return fenced(''.join(out['text']))
+    data = out.get('data', {})
+    if 'text/markdown' in data: return relink(''.join(data['text/markdown']))
+    if 'text/plain' in data and not any(k.startswith('image/') for k in data): return fenced(''.join(data['text/plain']))
+    raise ValueError(f"nbs/index.ipynb: the README cannot hold an output of type {out['output_type']} {list(data)}; print text instead")
+
+
+def cell_blocks(cell):
+    "The markdown blocks of one cell; a cell marked `#| hide` has none."
+    source = ''.join(cell['source'])
+    if cell['cell_type'] == 'markdown': return [relink(source)]
+    if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
+    code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
+    return ([fenced(code, 'python')] if code else []) + [output(o) for o in cell['outputs']]
+
+
+def readme(notebook=ROOT/'nbs'/'index.ipynb'):
+    "README.md's text."
+    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    return '\n\n'.join([NOTE, *(b.strip() for c in cells for b in cell_blocks(c))]) + '\n'
+
+
+if __name__ == '__main__':
+    (ROOT/'README.md').write_text(readme(), encoding='utf-8', newline='\n')
+    print('README.md written')
