@@ -1,0 +1,457 @@
+"Loading models: built-in, folders, the hub without network. Nothing is downloaded."
+import builtins
+import json
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import warnings
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DModel
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from conftest import ROOT
+from unlearn_nb import zoo
+from unlearn_nb.denoiser import Denoiser
+from unlearn_nb.zoo import BUILTIN, PINS, load, save_builtin
+
+load = partial(load, device='cpu')
+CELEBA = 'google/ddpm-celebahq-256'
+HAS_BUILTIN = pytest.mark.skipif(not (zoo.ASSETS/'faces.safetensors').exists(), reason='the weights of the built-in model are not there yet')
+
+# The published config of google/ddpm-celebahq-256 (config.json and scheduler_config.json of the hub)
+CELEBA_NET = dict(_class_name='UNet2DModel', _diffusers_version='0.0.4', act_fn='silu', attention_head_dim=None, block_out_channels=[128, 128, 256, 256, 512, 512],
+    center_input_sample=False, down_block_types=['DownBlock2D', 'DownBlock2D', 'DownBlock2D', 'DownBlock2D', 'AttnDownBlock2D', 'DownBlock2D'], downsample_padding=0,
+    flip_sin_to_cos=False, freq_shift=1, in_channels=3, layers_per_block=2, mid_block_scale_factor=1, norm_eps=1e-06, norm_num_groups=32, out_channels=3, sample_size=256,
+    time_embedding_type='positional', up_block_types=['UpBlock2D', 'AttnUpBlock2D', 'UpBlock2D', 'UpBlock2D', 'UpBlock2D', 'UpBlock2D'])
+CELEBA_SCHEDULER = dict(_class_name='DDPMScheduler', _diffusers_version='0.1.1', beta_end=0.02, beta_schedule='linear', beta_start=0.0001, clip_sample=True,
+    num_train_timesteps=1000, prediction_type='epsilon', trained_betas=None, variance_type='fixed_small')
+
+
+@lru_cache
+def tiny_net():
+    "An untrained net with attention, so that the old names of its layers can be tried."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return UNet2DModel(sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=8,
+                           down_block_types=('DownBlock2D', 'AttnDownBlock2D'), up_block_types=('AttnUpBlock2D', 'UpBlock2D')).eval()
+
+
+def x_t(size=8): return torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0))
+def answer(denoiser): return denoiser(x_t(denoiser.shape[-1]), torch.tensor([300])).detach()
+def expected(): return tiny_net()(x_t(), torch.tensor([300])).sample.detach()
+
+
+def old_names(state):
+    "The names that attention layers had in early diffusers."
+    def old(k):
+        if 'attentions' not in k and 'attn' not in k: return k
+        for new, was in (('to_q', 'query'), ('to_k', 'key'), ('to_v', 'value'), ('to_out.0', 'proj_attn')): k = k.replace(new, was)
+        return k
+    return {old(k): v for k, v in state.items()}
+
+
+def write_folder(folder, layout='subfolders', weights='safetensors', net=None, scheduler=None, state=None):
+    "A diffusers folder in one of its two layouts; weights None: without."
+    net_dir, scheduler_dir = (folder/'unet', folder/'scheduler') if layout == 'subfolders' else (folder, folder)
+    for d in (net_dir, scheduler_dir): d.mkdir(parents=True, exist_ok=True)
+    (net_dir/'config.json').write_text(json.dumps(net) if net else tiny_net().to_json_string())
+    (scheduler_dir/'scheduler_config.json').write_text(json.dumps(scheduler) if scheduler else DDPMScheduler().to_json_string())
+    state = tiny_net().state_dict() if state is None else state
+    if weights == 'safetensors': save_file(state, net_dir/'diffusion_pytorch_model.safetensors', {'format': 'pt'})
+    if weights == 'pickle': torch.save(state, net_dir/'diffusion_pytorch_model.bin')
+    return net_dir
+
+
+def sentence(e, *words):
+    "An error text of one line that has the words in it."
+    text = str(e.value)
+    assert '\n' not in text
+    for w in words: assert w in text, f'{w!r} is not in: {text}'
+
+
+# --- the built-in model ---
+
+@HAS_BUILTIN
+def test_faces():
+    d = load('faces')
+    assert isinstance(d, Denoiser) and (d.name, d.revision, d.dtype) == ('faces', None, torch.float32)
+    parameters = sum(p.numel() for p in d.net.parameters())
+    assert d.shape == (3, 32, 32) and 1e6 <= parameters <= 2.5e6 and (zoo.ASSETS/'faces.safetensors').stat().st_size <= 5e6
+    assert not d.net.training and all(p.requires_grad for p in d.net.parameters())
+    assert {v.dtype for v in load_file(zoo.ASSETS/'faces.safetensors').values()} <= {torch.float16, torch.bfloat16}
+    x = d.sample([1, 2], steps=5)
+    assert x.isfinite().all() and x.std() > .1
+
+
+@HAS_BUILTIN
+def test_two_loads_share_nothing():
+    a, b = load('faces'), load('faces')
+    with torch.no_grad(): next(a.net.parameters()).zero_()
+    assert next(b.net.parameters()).abs().sum() > 0
+
+
+@HAS_BUILTIN
+def test_loading_draws_no_random_number():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    load('faces')
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@HAS_BUILTIN
+def test_dtype_of_the_net(): assert load('faces', dtype=torch.bfloat16).dtype == torch.bfloat16
+
+
+@HAS_BUILTIN
+def test_a_builtin_name_wins_over_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path/'faces')
+    assert load('faces').shape == (3, 32, 32) and load('./faces').shape == (3, 8, 8) and load(Path('faces')).shape == (3, 8, 8)
+
+
+def test_builtin_names_come_with_their_files():
+    if not zoo.ASSETS.exists(): pytest.skip('no built-in model yet')
+    for name in BUILTIN: assert (zoo.ASSETS/f'{name}.json').exists() == (zoo.ASSETS/f'{name}.safetensors').exists()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_save_builtin_round_trip(dtype, tmp_path):
+    base = Denoiser(tiny_net(), DDIMScheduler(prediction_type='v_prediction', timestep_spacing='trailing', beta_end=.015))
+    save_builtin(base, tmp_path/'a', 'tiny', dtype)
+    assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['tiny.json', 'tiny.safetensors']
+    net, scheduler = zoo.read_builtin('tiny', tmp_path/'a')
+    for k, v in tiny_net().state_dict().items(): assert torch.equal(net.state_dict()[k], v.to(dtype).float())
+    assert type(scheduler) is DDIMScheduler and torch.equal(scheduler.alphas_cumprod, base.scheduler.alphas_cumprod)
+    assert scheduler.config.prediction_type == 'v_prediction' and scheduler.config.timestep_spacing == 'trailing'
+    save_builtin(Denoiser(net, scheduler), tmp_path/'b', 'tiny', dtype)   # what was saved is saved the same again
+    for name in ('tiny.json', 'tiny.safetensors'): assert (tmp_path/'a'/name).read_bytes() == (tmp_path/'b'/name).read_bytes()
+
+
+def test_save_builtin_names_no_place(tmp_path):
+    write_folder(tmp_path/'mine')
+    save_builtin(load(tmp_path/'mine'), tmp_path, 'tiny')
+    assert str(tmp_path) not in (tmp_path/'tiny.json').read_text()
+
+
+def test_save_builtin_refuses_what_half_precision_cannot_hold(tmp_path):
+    net = UNet2DModel.from_config(tiny_net().config)
+    with torch.no_grad(): net.conv_in.weight[0] = 1e5
+    with pytest.raises(ValueError) as e: save_builtin(Denoiser(net, DDPMScheduler()), tmp_path, 'tiny')
+    sentence(e, 'conv_in.weight', 'torch.float16')
+    assert not list(tmp_path.iterdir())
+    save_builtin(Denoiser(net, DDPMScheduler()), tmp_path, 'tiny', torch.bfloat16)
+
+
+# --- folders ---
+
+@pytest.mark.parametrize('weights', ['safetensors', 'pickle'])
+@pytest.mark.parametrize('layout', ['subfolders', 'flat'])
+def test_folder(layout, weights, tmp_path):
+    net_dir = write_folder(tmp_path/'mine', layout, weights)
+    for name in (str(tmp_path/'mine'), tmp_path/'mine'):
+        d = load(name)
+        assert_close(answer(d), expected(), atol=0, rtol=0)
+        assert (d.name, d.revision, d.dtype, d.net.training) == (str(name), None, torch.float32, False)
+    assert (net_dir/'diffusion_pytorch_model.safetensors').exists()
+    assert not list(tmp_path.rglob('*.tmp'))
+
+
+def test_folder_that_a_pipeline_saved(tmp_path):
+    DDPMPipeline(tiny_net(), DDPMScheduler(prediction_type='sample')).save_pretrained(tmp_path)
+    d = load(tmp_path)
+    assert d.prediction == 'sample'
+    assert_close(answer(d), expected(), atol=0, rtol=0)
+
+
+def test_folder_in_shards(tmp_path):
+    DDPMPipeline(tiny_net(), DDPMScheduler()).save_pretrained(tmp_path)
+    shutil.rmtree(tmp_path/'unet')
+    tiny_net().save_pretrained(tmp_path/'unet', max_shard_size='20KB')
+    assert len(list((tmp_path/'unet').glob('*.safetensors'))) > 1
+    assert_close(answer(load(tmp_path)), expected(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize('weights', ['safetensors', 'pickle'])
+def test_folder_with_the_old_names_of_attention_layers(weights, tmp_path):
+    state = old_names(tiny_net().state_dict())
+    assert sum(k.split('.')[-2] in ('query', 'key', 'value', 'proj_attn') for k in state) >= 24
+    write_folder(tmp_path, weights=weights, state=state)
+    for _ in range(2): assert_close(answer(load(tmp_path)), expected(), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize('kind', [DDPMScheduler, DDIMScheduler, PNDMScheduler, DPMSolverMultistepScheduler])
+def test_any_scheduler_with_ddpm_levels(kind, tmp_path):
+    write_folder(tmp_path, scheduler=json.loads(kind(beta_end=.015).to_json_string()))
+    d = load(tmp_path)
+    assert type(d.scheduler) is kind and torch.equal(d.abar, kind(beta_end=.015).alphas_cumprod)
+    assert d.sample([0], steps=2).isfinite().all()
+
+
+def test_half_precision_weights_compute_in_float32(tmp_path):
+    write_folder(tmp_path, state={k: v.half() for k, v in tiny_net().state_dict().items()})
+    assert {p.dtype for p in load(tmp_path).net.parameters()} == {torch.float32}
+    assert {p.dtype for p in load(tmp_path, dtype=torch.float16).net.parameters()} == {torch.float16}
+
+
+def test_home_folder(tmp_path, monkeypatch):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    write_folder(tmp_path/'mine')
+    assert load('~/mine').name == '~/mine'
+
+
+# --- pickles ---
+
+def test_a_pickle_is_converted_once(tmp_path, monkeypatch):
+    net_dir = write_folder(tmp_path, weights='pickle')
+    load(tmp_path)
+    written = (net_dir/'diffusion_pytorch_model.safetensors').read_bytes()
+    monkeypatch.setattr(torch, 'load', lambda *a, **k: pytest.fail('the pickle was opened again'))
+    (net_dir/'diffusion_pytorch_model.bin').write_bytes(b'whatever')
+    assert_close(answer(load(tmp_path)), expected(), atol=0, rtol=0)
+    assert (net_dir/'diffusion_pytorch_model.safetensors').read_bytes() == written
+
+
+def test_pickled_tensors_that_share_memory(tmp_path):
+    state = dict(tiny_net().state_dict())
+    flat = torch.cat([v.flatten() for v in state.values()])
+    parts = dict(zip(state, (part.view_as(v) for part, v in zip(flat.split([v.numel() for v in state.values()]), state.values()))))
+    write_folder(tmp_path, weights='pickle', state=parts)
+    assert_close(answer(load(tmp_path)), expected(), atol=0, rtol=0)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, monkeypatch):
+    net_dir = write_folder(tmp_path, weights='pickle')
+    replace_file = os.replace
+    def read_only(a, b):
+        if Path(b).parent == net_dir: raise PermissionError(f'{b} is read-only')
+        replace_file(a, b)
+    monkeypatch.setattr(zoo.os, 'replace', read_only)
+    assert_close(answer(load(tmp_path)), expected(), atol=0, rtol=0)
+    assert sorted(p.name for p in net_dir.iterdir()) == ['config.json', 'diffusion_pytorch_model.bin']   # nothing half-written
+
+
+@pytest.mark.skipif(not hasattr(os, 'geteuid') or os.geteuid() == 0, reason='root may write everywhere')
+def test_a_read_only_folder(tmp_path):
+    net_dir = write_folder(tmp_path, weights='pickle')
+    net_dir.chmod(0o500)
+    try: assert_close(answer(load(tmp_path)), expected(), atol=0, rtol=0)
+    finally: net_dir.chmod(0o700)
+
+
+class Trap:
+    "A pickle that runs a command when it is read the ordinary way."
+    def __init__(self, mark): self.mark = mark
+    def __reduce__(self): return builtins.open, (str(self.mark), 'w')
+
+
+@pytest.mark.parametrize('write', [torch.save, partial(torch.save, _use_new_zipfile_serialization=False),
+                                   lambda x, f: Path(f).write_bytes(pickle.dumps(x))], ids=['zip', 'legacy', 'plain'])
+def test_a_malicious_pickle_is_refused_unrun(write, tmp_path):
+    mark, net_dir = tmp_path/'mark', write_folder(tmp_path/'mine', weights=None)
+    write({**tiny_net().state_dict(), 'x': Trap(mark)}, net_dir/'diffusion_pytorch_model.bin')
+    with pytest.raises(ValueError) as e: load(tmp_path/'mine')
+    sentence(e, 'is refused', 'diffusion_pytorch_model.bin')
+    assert not mark.exists() and not list(tmp_path.rglob('*.safetensors'))
+
+
+@pytest.mark.parametrize('content', [b'', b'not a pickle', b'PK\x03\x04 a broken zip file', torch.tensor([1.]), {'a': 1}, [torch.ones(2)]], ids=['empty', 'text', 'zip', 'tensor', 'number', 'list'])
+def test_a_pickle_that_holds_no_weights(content, tmp_path):
+    file = write_folder(tmp_path, weights=None)/'diffusion_pytorch_model.bin'
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(ValueError) as e: load(tmp_path)
+    sentence(e, 'diffusion_pytorch_model.bin')
+    assert not list(tmp_path.rglob('*.safetensors'))
+
+
+# --- DDPM-CelebA-HQ at its published size ---
+
+def test_celebahq_config_loads_and_takes_a_step(tmp_path):
+    with torch.device('meta'): net = UNet2DModel.from_config(CELEBA_NET)
+    assert sum(p.numel() for p in net.parameters()) == 113_673_219
+    g = torch.Generator().manual_seed(0)
+    noise = torch.randn(1 << 20, generator=g).mul_(.02).to(torch.bfloat16)
+    state = {k: noise.repeat(-(-v.numel()//len(noise)))[:v.numel()].view(v.shape) if v.dim() > 1 else torch.full(v.shape, float(k.endswith('weight')), dtype=torch.bfloat16)
+             for k, v in net.state_dict().items()}
+    write_folder(tmp_path, 'flat', 'pickle', CELEBA_NET, CELEBA_SCHEDULER, old_names(state))   # as the hub has it: flat, a pickle, the old names
+    d = load(tmp_path)
+    assert sum(p.numel() for p in d.net.parameters()) == 113_673_219 and d.dtype == torch.float32
+    assert (d.shape, d.T, d.prediction, d.clip) == ((3, 256, 256), 1000, 'epsilon', 1.)
+    assert torch.equal(d.net.mid_block.attentions[0].to_q.weight, state['mid_block.attentions.0.to_q.weight'].float())
+    x, x0 = d.step(x_t(256), 999, 979)
+    assert x.shape == x0.shape == (1, 3, 256, 256) and x.isfinite().all() and x0.abs().max() <= 1 and not torch.equal(x, x_t(256))
+
+
+# --- the hub ---
+
+class Hub:
+    "Stands in for `snapshot_download`: copies the asked files of a folder, and remembers what was asked."
+    def __init__(self, source, cache): self.source, self.cache, self.asked = source, cache, []
+
+    def __call__(self, name, revision=None, allow_patterns=None):
+        from huggingface_hub.utils import filter_repo_objects
+        self.asked.append((name, revision, allow_patterns))
+        folder = self.cache/(revision or 'commit1')
+        files = [p.relative_to(self.source).as_posix() for p in self.source.rglob('*') if p.is_file()]
+        for f in filter_repo_objects(files, allow_patterns=allow_patterns):
+            (folder/f).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(self.source/f, folder/f)
+        folder.mkdir(parents=True, exist_ok=True)
+        return str(folder)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    hub = Hub(tmp_path/'hub', tmp_path/'cache')
+    monkeypatch.setattr(zoo, 'fetch', partial(zoo.fetch, download=hub))
+    return hub
+
+
+@pytest.mark.parametrize('weights', ['safetensors', 'pickle'])
+@pytest.mark.parametrize('layout', ['subfolders', 'flat'])
+def test_hub_model(layout, weights, hub):
+    net_dir = write_folder(hub.source, layout, weights)
+    for junk in ('README.md', 'model.ckpt', 'vae/diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.fp16.safetensors'):
+        (net_dir/junk).parent.mkdir(exist_ok=True)
+        (net_dir/junk).write_text('large')
+    d = load('someone/some-model')
+    assert (d.name, d.revision) == ('someone/some-model', 'commit1')   # the newest, and it says which that was
+    assert_close(answer(d), expected(), atol=0, rtol=0)
+    got = {p.name for p in hub.cache.rglob('*') if p.is_file()}
+    assert got <= {'config.json', 'scheduler_config.json', 'diffusion_pytorch_model.safetensors', 'diffusion_pytorch_model.bin'}
+    assert [r for _, r, _ in hub.asked][1:] == ['commit1']*(len(hub.asked) - 1)   # one commit for all files
+
+
+def test_hub_model_in_shards(hub):
+    write_folder(hub.source, weights=None)
+    tiny_net().save_pretrained(hub.source/'unet', max_shard_size='20KB')
+    assert_close(answer(load('someone/some-model')), expected(), atol=0, rtol=0)
+
+
+def test_hub_revision(hub):
+    write_folder(hub.source)
+    assert load('someone/some-model', revision='v2').revision == 'v2' and hub.asked[0][1] == 'v2'
+
+
+def test_a_wrong_kind_is_found_before_its_weights_are_fetched(hub):
+    write_folder(hub.source, net={'_class_name': 'UNet2DConditionModel'})
+    with pytest.raises(ValueError) as e: load('someone/text-model')
+    sentence(e, 'UNet2DConditionModel', 'expected a UNet2DModel')
+    assert len(hub.asked) == 1 and not list(hub.cache.rglob('*.safetensors'))
+
+
+def test_the_pin_of_celebahq():
+    pin = PINS[CELEBA]
+    assert pin.revision == 'cd5c944777ea2668051904ead6cc120739b86c4d' and pin.file == 'diffusion_pytorch_model.bin'
+    assert pin.sha256 == 'efff89712093ad060ce99d9b461bbe542b49d8dd4ce30f23fe5761dca292361d'
+    assert all(len(p.revision) == 40 and len(p.sha256) == 64 for p in PINS.values())
+
+
+def test_a_known_model_comes_from_its_commit_and_another_hash_warns(hub, monkeypatch):
+    write_folder(hub.source, 'flat', 'pickle')
+    with pytest.warns(UserWarning, match=PINS[CELEBA].sha256) as w: d = load(CELEBA)
+    assert CELEBA in str(w[0].message) and '\n' not in str(w[0].message)
+    assert d.revision == PINS[CELEBA].revision and {r for _, r, _ in hub.asked} == {PINS[CELEBA].revision}
+    assert_close(answer(d), expected(), atol=0, rtol=0)
+    shutil.rmtree(hub.cache)
+    monkeypatch.setitem(PINS, CELEBA, replace(PINS[CELEBA], sha256=zoo.sha256(hub.source/'diffusion_pytorch_model.bin')))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        load(CELEBA)
+
+
+def test_another_revision_of_a_known_model_is_not_pinned(hub):
+    write_folder(hub.source, 'flat', 'pickle')
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        assert load(CELEBA, revision='main').revision == 'main'
+
+
+@pytest.mark.parametrize('trouble', [OSError('no route to host'), LocalEntryNotFoundError('not in the cache'), httpx.ConnectError('down'), TimeoutError()])
+def test_no_network(trouble, monkeypatch):
+    def download(*args, **kwargs): raise trouble
+    monkeypatch.setattr(zoo, 'fetch', partial(zoo.fetch, download=download))
+    with pytest.raises(ConnectionError) as e: load(CELEBA)
+    sentence(e, repr(CELEBA), 'config.json', 'scheduler_config.json', 'diffusion_pytorch_model.bin, 455 MB', 'give the path of the folder', "'faces' works without network")
+
+
+@pytest.mark.parametrize('trouble', [RepositoryNotFoundError, RevisionNotFoundError])
+def test_the_hub_has_no_such_model(trouble, monkeypatch):
+    error = trouble('404', response=httpx.Response(404, request=httpx.Request('GET', 'https://huggingface.co')))
+    def download(*args, **kwargs): raise error
+    monkeypatch.setattr(zoo, 'fetch', partial(zoo.fetch, download=download))
+    with pytest.raises(ValueError) as e: load('someone/no-such', revision='v9')
+    sentence(e, "no open model 'someone/no-such' at revision 'v9'", "'faces'")
+
+
+def test_offline_with_an_empty_cache_for_real(tmp_path):
+    code = f"from unlearn_nb.zoo import load\ntry: load({CELEBA!r})\nexcept ConnectionError as e: print(e)"
+    env = {**os.environ, 'HF_HUB_OFFLINE': '1', 'HF_HOME': str(tmp_path), 'HF_HUB_CACHE': str(tmp_path/'hub')}
+    run = subprocess.run([sys.executable, '-c', code], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(f'{CELEBA!r} is neither a local folder nor in the cache') and run.stdout.count('\n') == 1
+
+
+# --- errors: one sentence that names the value and what was expected ---
+
+@pytest.mark.parametrize('name', ['face', '', 'no folder/here or there', '/no/such/folder', 'https://huggingface.co/google/x', '../up/there', None, 3, Path('nowhere'), '~/no such'])
+def test_no_such_model(name):
+    with pytest.raises(ValueError) as e: load(name)
+    sentence(e, f'no model {name!r}', "'faces'", 'a local diffusers folder', 'hub id')
+
+
+def test_revision_of_what_has_none(tmp_path):
+    write_folder(tmp_path)
+    for name in ('faces', str(tmp_path)):
+        with pytest.raises(ValueError) as e: load(name, revision='main')
+        sentence(e, repr(name), "revision='main'")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU')
+def test_no_gpu(tmp_path):
+    write_folder(tmp_path)
+    with pytest.raises(ValueError) as e: load(tmp_path, device='cuda')
+    sentence(e, "'cuda'", "device='cpu'")
+
+
+def class_conditional():
+    return dict(json.loads(tiny_net().to_json_string()), num_class_embeds=10)
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda d: shutil.rmtree(d/'unet'), ['holds no diffusers model', 'unet/config.json']),
+    (lambda d: shutil.rmtree(d/'scheduler'), ['holds no diffusers model', 'scheduler/scheduler_config.json']),
+    (lambda d: (d/'unet/diffusion_pytorch_model.safetensors').unlink(), ['holds no weights', 'diffusion_pytorch_model.safetensors']),
+    (lambda d: (d/'unet/config.json').write_text('{'), ['config.json', 'cannot be read as JSON']),
+    (lambda d: (d/'unet/config.json').write_text('[1]'), ['config.json', 'no JSON object']),
+    (lambda d: (d/'unet/config.json').write_bytes(b'\xff\xfe'), ['config.json', 'cannot be read as JSON']),
+    (lambda d: (d/'unet/config.json').write_text('{"_class_name": "DiTTransformer2DModel"}'), ['DiTTransformer2DModel', 'expected a UNet2DModel']),
+    (lambda d: (d/'unet/config.json').write_text(json.dumps(class_conditional())), ['wants a class']),
+    (lambda d: (d/'unet/config.json').write_text(json.dumps(dict(json.loads(tiny_net().to_json_string()), block_out_channels=[8, 24]))), ['unet', 'config.json']),
+    (lambda d: (d/'unet/config.json').write_text(json.dumps(dict(json.loads(tiny_net().to_json_string()), block_out_channels='many'))), ['unet', 'config.json']),
+    (lambda d: (d/'unet/config.json').write_text(json.dumps(dict(json.loads(tiny_net().to_json_string()), sample_size=None))), ['sample_size']),
+    (lambda d: (d/'scheduler/scheduler_config.json').write_text('{"_class_name": "NoScheduler"}'), ["no scheduler 'NoScheduler'"]),
+    (lambda d: (d/'scheduler/scheduler_config.json').write_text('{"_class_name": "DDPMPipeline"}'), ["no scheduler 'DDPMPipeline'"]),
+    (lambda d: (d/'scheduler/scheduler_config.json').write_text('{}'), ["no scheduler"]),
+    (lambda d: (d/'scheduler/scheduler_config.json').write_text('{"_class_name": "FlowMatchEulerDiscreteScheduler"}'), ['no alphas_cumprod']),
+    (lambda d: (d/'scheduler/scheduler_config.json').write_text('{"_class_name": "DDPMScheduler", "beta_schedule": "odd"}'), ['scheduler_config.json', 'odd']),
+    (lambda d: (d/'unet/diffusion_pytorch_model.safetensors').write_bytes(b'not a table'), ['unet']),
+    (lambda d: (d/'unet/diffusion_pytorch_model.safetensors').write_bytes((d/'unet/diffusion_pytorch_model.safetensors').read_bytes()[:-100]), ['unet']),
+    (lambda d: save_file({k: v for k, v in tiny_net().state_dict().items() if k != 'conv_in.bias'}, d/'unet/diffusion_pytorch_model.safetensors', {'format': 'pt'}), ['conv_in.bias']),
+    (lambda d: save_file({**tiny_net().state_dict(), 'surplus': torch.ones(1)}, d/'unet/diffusion_pytorch_model.safetensors', {'format': 'pt'}), ['surplus']),
+    (lambda d: save_file({**tiny_net().state_dict(), 'conv_in.bias': torch.full((8,), torch.nan)}, d/'unet/diffusion_pytorch_model.safetensors', {'format': 'pt'}), ['conv_in.bias', 'not finite']),
+])
+def test_folder_errors(spoil, words, tmp_path):
+    write_folder(tmp_path)
+    spoil(tmp_path)
+    with pytest.raises(ValueError) as e: load(tmp_path)
+    sentence(e, *words)
