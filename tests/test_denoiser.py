@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
-from unlearn_nb.denoiser import PREDICTIONS, Denoiser, generators, randn
+from unlearn_nb.denoiser import PREDICTIONS, Denoiser, generators, randn, read_image
 
 every_prediction = pytest.mark.parametrize('prediction', PREDICTIONS)
 SCHEDULES = ('linear', 'scaled_linear', 'squaredcos_cap_v2')
@@ -211,6 +211,13 @@ def test_reconstruct_noises_each_row_with_its_own_seed():
     assert_close(first[1], d.scheduler.add_noise(x0, torch.randn(3, 8, 8, generator=torch.Generator().manual_seed(5))[None], torch.tensor([300])))
 
 
+def test_a_step_towards_another_picture():
+    "A step asks for the clean image alone: led by one picture all the way, the path ends there from any noise."
+    d, x0, x = tiny(), normal(1, 3, 8, 8).clamp(-1, 1), normal(1, 3, 8, 8, seed=1)
+    for t, t_next in ((999, 600), (600, 200), (200, 0), (0, -1)): x = d.step(x, x0, t, t_next)
+    assert torch.equal(x, x0)
+
+
 # --- the edges: pictures, gradients, models of other kinds ---
 
 @pytest.mark.parametrize('channels, mode', [(3, 'RGB'), (1, 'L')])
@@ -229,6 +236,53 @@ def test_encode_takes_other_modes_and_decode_cuts():
     grey, clear = Image.new('L', (8, 8), 255), Image.new('RGBA', (8, 8), (0, 0, 0, 255))
     assert_close(d.encode([grey, clear]), torch.tensor([1., -1.]).view(2, 1, 1, 1).expand(2, 3, 8, 8))
     assert np.asarray(d.decode(torch.full((1, 3, 8, 8), 7.))[0]).min() == 255
+
+
+def picture(file, mode='RGB', size=(8, 6), **save):
+    "Random pixels, written to a file; returns them as an image."
+    image = Image.frombytes(mode, size, np.random.default_rng(0).bytes(size[0]*size[1]*len(Image.new(mode, (1, 1)).getbands())))
+    image.save(file, **save)
+    return image
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'CMYK'])
+def test_read_image_gives_rgb(mode, tmp_path):
+    file = tmp_path/('a.jpg' if mode == 'CMYK' else 'a.png')
+    made = picture(file, mode)
+    read = read_image(file)
+    assert read.mode == 'RGB' and read.size == (8, 6)
+    if mode != 'CMYK': assert np.array_equal(np.asarray(read), np.asarray(made.convert('RGB')))
+
+
+def test_read_image_turns_as_the_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6   # turned by 90 degrees
+    made = picture(tmp_path/'a.png', exif=exif)
+    assert np.array_equal(np.asarray(read_image(tmp_path/'a.png')), np.rot90(np.asarray(made), -1))
+
+
+@pytest.mark.parametrize('write, words', [
+    (lambda f: None, 'there is no file'),
+    (lambda f: f.mkdir(), 'is not a picture'),
+    (lambda f: f.write_bytes(b''), 'is not a picture'),
+    (lambda f: f.write_text('<svg/>'), 'is not a picture'),
+    (lambda f: picture(f, format='GIF'), 'expected a whole PNG, JPEG or WebP file'),
+    (lambda f: picture(f, format='TIFF'), 'expected a whole PNG, JPEG or WebP file'),
+    (lambda f: (picture(f, size=(64, 64)), f.write_bytes(f.read_bytes()[:3000])), 'is not a picture'),
+    (lambda f: Image.new('1', (10_000, 5_001)).save(f), '10000 x 5001 pixels'),
+])
+def test_read_image_errors(write, words, tmp_path):
+    write(tmp_path/'a.png')
+    with pytest.raises(ValueError) as e: read_image(tmp_path/'a.png')
+    assert words in str(e.value) and 'a.png' in str(e.value) and '\n' not in str(e.value)
+
+
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+@pytest.mark.parametrize('side', [12_000, 14_000])
+def test_read_image_opens_no_bomb(side, tmp_path):
+    Image.new('1', (side, side)).save(tmp_path/'a.png')
+    assert (tmp_path/'a.png').stat().st_size < 100_000
+    with pytest.raises(ValueError, match='50 million'): read_image(tmp_path/'a.png')
 
 
 def test_gradients_reach_the_net_and_sampling_keeps_none():

@@ -125,6 +125,7 @@ def train(data, size, minutes, out):
     "Train a small denoiser on drawn faces or a folder of pictures."
     from unlearn_nb.train import TrainConfig, folder_images, train, world_images
     out = Path(out)
+    if size % 8: raise ValueError(f"--size {size} is not a multiple of 8, which this net needs")
     if out.exists() and not out.is_dir() or out.is_dir() and any(out.iterdir()) and not (out / "training.safetensors").exists():
         raise ValueError(f"--out {str(out)!r} exists and holds no training run; give another name or empty it")
     train(world_images(24_000, size) if data == "faces" else folder_images(data, size), out, TrainConfig(minutes=minutes))

@@ -94,7 +94,7 @@ def gain(self: Denoiser, t):
     a, s = self.scales(t)
     return {"epsilon": s / a, "v_prediction": s, "sample": torch.ones_like(s)}[self.prediction]
 
-# %% ../nbs/02_denoiser.ipynb #a2f45eb8
+# %% ../nbs/02_denoiser.ipynb #8a6e5b84
 @patch
 def __call__(self: Denoiser, x_t, t):
     "The net's output [B, C, H, W], float32, at x_t [B, C, H, W] and levels t [B]."
@@ -128,7 +128,7 @@ def read_image(file):
     except (OSError, SyntaxError, Image.DecompressionBombError):
         raise ValueError(f"{str(file)!r} is not a picture that can be read; expected a whole PNG, JPEG or WebP file of at most 50 million pixels") from None
 
-# %% ../nbs/02_denoiser.ipynb #8a6e5b84
+# %% ../nbs/02_denoiser.ipynb #fb70d5e6
 @patch
 def times(self: Denoiser, start, steps):
     "Levels visited from `start` (inclusive) down, evenly, in at most `steps` steps; the last step leads to the clean image. ValueError outside 0 ... T-1."
@@ -170,7 +170,7 @@ def randn(gens, shape, device="cpu"):
     "Standard normal noise [B, *shape], row i drawn from gens[i] alone."
     return torch.stack([torch.randn(shape, generator=g) for g in gens]).to(device)
 
-# %% ../nbs/02_denoiser.ipynb #fb70d5e6
+# %% ../nbs/02_denoiser.ipynb #c818313c
 @patch
 @torch.no_grad()
 def path(self: Denoiser, x_t, start, steps, gens, eta=0.):

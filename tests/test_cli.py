@@ -1,0 +1,106 @@
+"The command: what it writes, and what it says to bad input."
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unlearn_nb.cli import main
+from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.zoo import load
+
+FILES = ["before_after.png", "card.json", "hotfix.safetensors", "report.json"]
+
+
+def fails(capsys, *args):
+    "The one sentence on stderr of a command that ends with exit code 2."
+    with pytest.raises(SystemExit) as e: main([str(a) for a in args])
+    err = capsys.readouterr().err.strip()
+    assert e.value.code == 2 and err.startswith("unlearn_nb: ") and "\n" not in err and "Traceback" not in err, err
+    return err
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    "A demo of two steps: whole in everything but its length."
+    out = tmp_path_factory.mktemp("cli") / "demo"
+    main(["demo", "--seed", "101", "--steps", "2", "--out", str(out)])
+    return out
+
+
+def test_demo_writes_all_four_files(demo):
+    assert sorted(p.name for p in demo.iterdir()) == FILES and not list(demo.parent.glob(".*"))
+    report, card = (json.loads((demo / name).read_text()) for name in ("report.json", "card.json"))
+    assert report["schema"] == 1 and report["requests"][0]["seed"] == 101 and report["config"]["steps"] == 2
+    assert [row["t"] for row in report["forget"]["reconstruction"]] == [100, 250, 400]
+    assert card["base"] == report["base"] and card["base"]["id"] == "faces"
+    with Image.open(demo / "before_after.png") as image: assert min(image.size) > 400
+    model = load("faces")
+    Hotfix.load(demo).apply(model)
+
+
+def test_sample_with_and_without_the_hotfix(demo, tmp_path):
+    for name, more in (("base", []), ("edited", ["--hotfix", demo])):
+        main([str(a) for a in ["sample", "--model", "faces", *more, "--seeds", "101,5", "--steps", 5, "--out", tmp_path/f"{name}.png"]])
+    a, b = (np.asarray(Image.open(tmp_path/f"{n}.png")).astype(int) for n in ("base", "edited"))
+    assert a.shape == b.shape == (128, 256, 3) and (a != b).any()
+
+
+def test_forget_a_picture_with_a_surrogate_of_ones_own_in_a_model_of_ones_own(tmp_path):
+    from test_unlearn import request_of, tiny
+    from diffusers import DDPMPipeline
+    model = tiny()
+    r = request_of(model)
+    DDPMPipeline(model.net, model.scheduler).save_pretrained(tmp_path/"model")
+    r.image.save(tmp_path/"f.png")
+    r.surrogate.save(tmp_path/"s.png")
+    main([str(a) for a in ["forget", "--model", tmp_path/"model", "--image", tmp_path/"f.png", "--surrogate", tmp_path/"s.png", "--steps", 1, "--out", tmp_path/"fix"]])
+    assert sorted(p.name for p in (tmp_path/"fix").iterdir()) == FILES
+    assert json.loads((tmp_path/"fix/report.json").read_text())["forget"]["same_seed"] is None
+    main([str(a) for a in ["sample", "--model", tmp_path/"model", "--hotfix", tmp_path/"fix", "--seeds", "0:2", "--steps", 2, "--out", tmp_path/"x.png"]])
+
+
+@pytest.mark.parametrize("args, says", [
+    ("demo --steps 0", "0"), ("demo --seed -1", "-1"), ("demo --seed x", "x"), ("demo --colour red", "--colour"), ("dance", "dance"),
+    ("forget --model faces --out {}/o", "--seed or --image"), ("forget --model faces --seed 1 --image a.png --out {}/o", "--seed or --image"),
+    ("forget --model nobody --seed 1 --out {}/o", "nobody"), ("forget --model {} --seed 1 --out {}/o", "unet"),
+    ("forget --model faces --image {}/none.png --out {}/o", "none.png"), ("forget --model faces --image {}/text.png --out {}/o", "text.png"),
+    ("forget --model faces --image {}/large.png --out {}/o", "64 x 64"), ("forget --model faces --image {}/right.png --surrogate {}/large.png --out {}/o", "64 x 64"),
+    ("forget --model faces --seed 1 --out {}/full", "not an empty folder"), ("forget --model faces --seed 1 --out {}/text.png/o", "text.png"),
+    ("forget --model faces --seed 1 --out {}/no/such/o", "no folder"), ("forget --model faces --seed 1", "--out"),
+    ("sample --model faces --seeds 4:1 --out {}/o.png", "4:1"), ("sample --model faces --seeds -3 --out {}/o.png", "-3"), ("sample --model faces --out {}/o.gif", ".png"),
+    ("sample --model faces --hotfix {} --out {}/o.png", "card.json"), ("sample --model faces --steps 0 --out {}/o.png", "0"),
+    ("train --data {}/empty --out {}/o --minutes 1", "empty"), ("train --data faces --out {}/full --minutes 1", "full"), ("train --data faces --out {}/o --minutes 0", "0"),
+    ("train --data faces --size 30 --out {}/o --minutes 1", "30")])
+def test_bad_input_is_one_sentence_and_leaves_nothing(args, says, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("full", "empty"): (tmp_path/name).mkdir()
+    (tmp_path/"full/keep").write_text("keep")
+    (tmp_path/"text.png").write_text("no picture")
+    for name, side in (("large", 64), ("right", 32)): Image.new("RGB", (side, side)).save(tmp_path/f"{name}.png")
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()}
+    assert says in fails(capsys, *args.replace("{}", str(tmp_path)).split())
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*") if p.is_file()} == before
+    assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["empty", "full"]
+
+
+def test_ctrl_c_leaves_nothing(tmp_path):
+    p = subprocess.Popen([sys.executable, "-c", "from unlearn_nb.cli import main; main()", "demo", "--steps", "1000", "--out", str(tmp_path/"o")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    for line in p.stdout:
+        if line.startswith("2/4"): break
+    time.sleep(1)
+    assert list(tmp_path.iterdir())          # it is at work in a folder of another name
+    p.send_signal(signal.SIGINT)
+    assert p.wait(60) == 130
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"]])
+def test_help(args, capsys):
+    main([*args, "--help"])
+    out = capsys.readouterr().out
+    assert out.startswith("Usage: unlearn_nb") and "--help" in out
