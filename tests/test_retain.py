@@ -43,7 +43,7 @@ def test_states_are_the_path_and_beliefs_are_predictions(prediction):
 
 
 @given(st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.integers(1, 4))
-@settings(max_examples=15)
+@settings(max_examples=8)
 def test_a_row_depends_on_its_own_seed_alone(seeds, batch):
     d = tiny('v_prediction')
     p, alone = generate(d, seeds, steps=3, batch=batch), [generate(d, [s], steps=3) for s in seeds]

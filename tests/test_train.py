@@ -111,11 +111,11 @@ def test_a_new_net_is_its_seeds_alone():
 
 def test_the_loss_falls(tmp_path):
     "From about 1, what a net that says nothing has; on the training pictures and on others."
-    cfg = TrainConfig(steps=80, **TINY | dict(save_every=1e9, batch=8))
+    cfg = TrainConfig(steps=50, **TINY | dict(save_every=1e9, batch=8))
     new, trained = new_denoiser(16, cfg), train(data(), tmp_path, cfg)
     for x in (data(), world_images(24, 16, seed=1000)):
         before, after = (sum(denoising_loss(d, x.float()/127.5 - 1, torch.Generator().manual_seed(k)).item() for k in range(3))/3 for d in (new, trained))
-        assert after < .6*before, (before, after)
+        assert after < .7*before, (before, after)
 
 
 @pytest.mark.parametrize('seed', [0, 3])
@@ -149,7 +149,8 @@ def test_stock_diffusers_opens_it_and_samples(tmp_path):
     picture = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     assert picture.size == (16, 16)
     again = load(tmp_path, device='cpu')
-    assert again.prediction == ours.prediction and torch.equal(again.sample([4], steps=3), ours.sample([4], steps=3))
+    assert again.prediction == ours.prediction and equal(weights(again), weights(ours))
+    assert_close(again.sample([4], steps=3), ours.sample([4], steps=3), atol=1e-4, rtol=0)   # weights that lie elsewhere in memory may round otherwise
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path):
@@ -194,7 +195,7 @@ def test_a_checkpoint_that_cannot_be_written_leaves_the_old_one(tmp_path, monkey
     assert (tmp_path/'training.safetensors').read_bytes() == before
 
 
-# A run is started three times and killed at an arbitrary moment after it has gone on; fork saves the time of three imports.
+# A run is started twice and killed at an arbitrary moment after it has gone on; fork saves the time of a second import.
 KILLER = '''
 import os, random, signal, sys, time, torch
 from pathlib import Path
@@ -205,13 +206,13 @@ out, steps, data, rng = Path(sys.argv[1]), int(sys.argv[2]), world_images(24, 16
 def step():
     if not (out / "training.safetensors").exists(): return 0
     with safe_open(out / "training.safetensors", "pt") as f: return int(f.metadata()["step"])
-for _ in range(3):
+for _ in range(2):
     before, pid = step(), os.fork()
     if not pid:
         train(data, out, TrainConfig(steps=steps, batch=4, channels=(16, 32), save_every=0.))
         os._exit(0)
     while step() == before: time.sleep(.002)
-    time.sleep(rng.uniform(0, .15))
+    time.sleep(rng.uniform(0, .1))
     os.kill(pid, signal.SIGKILL)
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL, "the run ended before it was killed"
     assert before < step() < steps
@@ -220,10 +221,10 @@ for _ in range(3):
 
 
 def test_killed_runs_go_on_bit_for_bit(tmp_path):
-    steps = 150
+    steps = 50
     done = subprocess.run([sys.executable, '-c', KILLER, str(tmp_path/'killed'), str(steps), '0'], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert len(done.stdout.split()) == 3 and not (tmp_path/'killed'/'unet').exists()
+    assert len(done.stdout.split()) == 2 and not (tmp_path/'killed'/'unet').exists()
     def run(out, **settings): return weights(train(data(), tmp_path/out, TrainConfig(steps=steps, **TINY | settings)))
     resumed, whole, other = run('killed'), run('whole', save_every=0.), run('other', seed=1, save_every=1e9)
     assert equal(resumed, whole) and not equal(resumed, other)
@@ -233,11 +234,10 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
 TWO = '''
 import hashlib, os, sys, time, torch
 from pathlib import Path
-from torch import nn
-from unlearn_nb.train import TrainConfig, average, processes, train, world_images
+from unlearn_nb.train import TrainConfig, average, new_denoiser, processes, train, world_images
 rank, world = processes()
 out = Path(sys.argv[1])
-net = nn.Linear(2, 2)
+net = new_denoiser(16, TrainConfig(channels=(16, 32))).net
 for p in net.parameters(): p.grad = torch.full_like(p, 1. + rank)
 assert average(net, 10. * rank) == 5 and all((p.grad == 1.5).all() for p in net.parameters())
 clock, start = time.monotonic, time.monotonic()
@@ -275,7 +275,7 @@ def test_train_descriptor_is_its_seed_alone_and_learns():
     def end(**kw): return train_descriptor(x, steps=4, couples=6, **kw).state_dict()
     one, again, other = end(), end(), end(seed=1)
     assert equal(one, again) and not equal(one, other)
-    trained = train_descriptor(x, steps=25, couples=6)
+    new, trained = train_descriptor(x, steps=1, couples=2, lr=1e-9), train_descriptor(x, steps=20, couples=6)
     y = x.flatten(0, 1).float()/127.5 - 1
-    with torch.no_grad(): before, after = (contrastive_loss(net(y[:, 0]), net(y[:, 1])).item() for net in (train_descriptor(x, steps=1, couples=2, lr=1e-9), trained))
+    with torch.no_grad(): before, after = (contrastive_loss(net(y[:, 0]), net(y[:, 1])).item() for net in (new, trained))
     assert after < .8*before and not trained.training

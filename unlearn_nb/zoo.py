@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import warnings
 from dataclasses import dataclass
+from importlib.resources import files
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -56,10 +57,11 @@ def make_scheduler(config):
     kind = getattr(diffusers, name, None)
     if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
         raise ValueError(f"diffusers {diffusers.__version__} has no scheduler {name!r}; expected the name of one, such as 'DDPMScheduler', as _class_name in {SCHEDULER}")
-    return kind.from_config(config)
+    try: return kind.from_config(config)
+    except Exception as e: raise ValueError(f"{SCHEDULER} does not make a {name}: {str(e).splitlines()[0]}; write it again with save_pretrained") from e   # anything can stand in a config
 
 # %% ../nbs/03_zoo.ipynb #b4aa6cfa
-ASSETS = Path(__file__).parent / "assets" if "__file__" in globals() else Path("../unlearn_nb/assets")
+ASSETS = Path(str(files("unlearn_nb"))) / "assets"
 BUILTIN = ("faces",)   # models that ship with the package
 
 # %% ../nbs/03_zoo.ipynb #829ba5b4
@@ -69,6 +71,8 @@ def write_weights(state, file):
     try:
         save_file(state, temporary, {"format": "pt"})
         with open(temporary, "rb+") as f: os.fsync(f.fileno())
+        os.umask(mask := os.umask(0))
+        temporary.chmod(0o666 & ~mask)   # save_file lets nobody else read
         os.replace(temporary, file)
     finally: temporary.unlink(missing_ok=True)
 
@@ -77,14 +81,14 @@ def public(config):
     return {k: v for k, v in json.loads(config.to_json_string()).items() if k == "_class_name" or not k.startswith("_")}
 
 # %% ../nbs/03_zoo.ipynb #5442a7cc
-def save_builtin(denoiser, folder, name, dtype=torch.float16):
-    "Write a denoiser as folder/name.safetensors (weights as dtype) and folder/name.json; ValueError if a weight does not survive dtype."
+def save_builtin(denoiser, folder, name, dtype=torch.float16, **facts):
+    "Write a denoiser as folder/name.safetensors (weights as dtype) and folder/name.json (configs, and any facts given); ValueError if a weight does not survive dtype."
     state = {k: v.detach().cpu().to(dtype).contiguous() for k, v in denoiser.net.state_dict().items()}
     if bad := [k for k, v in state.items() if not v.isfinite().all()]:
         raise ValueError(f"{bad[0]} holds numbers that {dtype} cannot hold; save with dtype=torch.bfloat16 or torch.float32")
     Path(folder).mkdir(parents=True, exist_ok=True)
     write_weights(state, Path(folder) / f"{name}.safetensors")
-    facts = {"net": public(denoiser.net), "scheduler": public(denoiser.scheduler)}
+    facts = {"net": public(denoiser.net), "scheduler": public(denoiser.scheduler)} | facts
     (Path(folder) / f"{name}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 # %% ../nbs/03_zoo.ipynb #f63d0816
@@ -136,7 +140,7 @@ def read_folder(folder):
             raise ValueError(f"the weights in {str(net)!r} cannot be loaded into the net that its {NET} describes: {' '.join(str(e).split())[:200]}") from e
     for what in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         if found[what]: raise ValueError(f"the weights in {str(net)!r} do not fit its {NET}: {what.replace('_', ' ')}, such as {sorted(map(str, found[what]))[0]}")
-    model = model.float()
+    for p in model.parameters(): p.data = p.data.to(torch.float32, copy=True)   # out of the mapped file, which may be written anew while the model is in use
     if bad := [k for k, v in model.named_parameters() if not v.isfinite().all()]:
         raise ValueError(f"{bad[0]} in {str(net)!r} holds numbers that are not finite; get the weights again")
     return model.eval(), scheduler
@@ -196,4 +200,5 @@ def load(name, revision=None, device=None, dtype=None):
         folder = fetch(name, revision)
         commit, (net, scheduler) = folder.name, read_folder(folder)
     else: raise ValueError(f"no model {name!r}; expected {' or '.join(map(repr, BUILTIN))}, a local diffusers folder or a hub id such as 'google/ddpm-celebahq-256'")
-    return Denoiser(net.to(device, dtype or torch.float32), scheduler, name=text, revision=commit)
+    if dtype is not None: torch.nn.Module.to(net, dtype)   # diffusers' own `to` prints a warning for every dtype
+    return Denoiser(net.to(device), scheduler, name=text, revision=commit)
