@@ -47,6 +47,10 @@ class Identity:
     mole: float = 0.             # 0: none; up to .5: left cheek; above: right cheek
     freckles: float = 0.         # 0: none; above .5: freckles
 
+    def __post_init__(self):
+        for kind, known in ((self.hair_style, HAIR), (self.beard, BEARD), (self.glasses, GLASSES)):
+            if kind not in known: raise ValueError(f"{kind!r} is not one of {', '.join(known)}")
+
 # %% ../nbs/00_faces.ipynb #a211b406
 @dataclass(frozen=True)
 class Scene:
@@ -261,6 +265,7 @@ def draw(identity, scene, size=32):
 
 def mask(identity, scene, size=32, part="face"):
     "Where a part shows ('face', 'hair', 'eyes', 'mouth', 'brows', 'nose', 'beard', 'glasses', 'body'): L, 255 inside."
+    if part not in ("face", "hair", "eyes", "mouth", "brows", "nose", "beard", "glasses", "body"): raise ValueError(f"there is no part {part!r} in a face")
     canvas = paint(identity, scene, Image.new("L", (4 * size, 4 * size), 0), lambda p, colour: 255 * (p == part))
     return canvas.resize((size, size), Image.Resampling.BOX)
 

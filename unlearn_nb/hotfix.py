@@ -12,7 +12,8 @@ import os
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 # %% ../nbs/08_hotfix.ipynb #5129b0cf
 def fingerprint(denoiser):
@@ -20,7 +21,7 @@ def fingerprint(denoiser):
     h = hashlib.sha256()
     for name, v in sorted(denoiser.net.state_dict().items()):
         h.update(f"{name} {tuple(v.shape)} {v.dtype}".encode())
-        h.update(v.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        h.update(v.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
 
 def write(path, data):
@@ -32,12 +33,26 @@ def write(path, data):
         os.fsync(f.fileno())
     os.replace(part, path)
 
+# %% ../nbs/08_hotfix.ipynb #58a18e70
+def read(folder):
+    "Weights and card of a hotfix folder; ValueError, in one sentence, if they are not what a run wrote."
+    if not (folder / "card.json").is_file(): raise ValueError(f"{str(folder)!r} holds no hotfix (no card.json); give the folder that a run wrote")
+    try: card = json.loads((folder / "card.json").read_bytes())
+    except ValueError: card = None
+    base = card.get("base") if isinstance(card, dict) else None
+    if not (isinstance(base, dict) and {"id", "sha256"} <= base.keys()): raise ValueError(f"card.json in {str(folder)!r} is damaged or not the card of a hotfix; write the hotfix again")
+    data = (folder / "hotfix.safetensors").read_bytes() if (folder / "hotfix.safetensors").is_file() else b""
+    try:
+        if hashlib.sha256(data).hexdigest() == card.get("hotfix_sha256"): return load(data), card
+    except SafetensorError: pass
+    raise ValueError(f"hotfix.safetensors in {str(folder)!r} is missing or not the file that its card describes; write the hotfix again")
+
 # %% ../nbs/08_hotfix.ipynb #e3c84b5a
 class Hotfix:
     "A change of a base model's weights (`delta`, fp16, one tensor per changed weight) with its `card`: which base, which request, which settings."
 
     def __init__(self, delta, card):
-        self.delta, self.card, self.kept = delta, card, None
+        self.delta, self.card, self.kept, self.on = delta, card, None, None
 
     def apply(self, denoiser):
         "Add the change to the net. Refused (ValueError) for any net but the base it was made for."
@@ -46,15 +61,15 @@ class Hotfix:
         if found != base:
             raise ValueError(f"this hotfix was made for the base {self.card['base']['id']!r} with weights {base[:12]}, but these weights are {found[:12]}; load that base, or remove the hotfix that is on it")
         weights = denoiser.net.state_dict()
-        self.kept = {k: weights[k].clone() for k in self.delta}
+        self.kept, self.on = {k: weights[k].clone() for k in self.delta}, denoiser.net
         for k, d in self.delta.items(): weights[k].add_(d.to(weights[k]))
 
     def remove(self, denoiser):
         "Put the base weights back, bit for bit."
-        if self.kept is None: raise ValueError("this hotfix is not applied")
+        if self.kept is None or denoiser.net is not self.on: raise ValueError("this hotfix is not applied to this model; remove it from the one that it was applied to")
         weights = denoiser.net.state_dict()
         for k, v in self.kept.items(): weights[k].copy_(v)
-        self.kept = None
+        self.kept = self.on = None
 
     def save(self, folder):
         "Write `hotfix.safetensors`, then `card.json`: a folder with a card is complete."
@@ -66,9 +81,4 @@ class Hotfix:
     @classmethod
     def load(cls, folder):
         "Read a folder that `save` wrote; a missing, damaged or foreign file is a ValueError."
-        folder = Path(folder)
-        if not (folder / "card.json").is_file(): raise ValueError(f"{str(folder)!r} holds no hotfix (no card.json); give the folder that a run wrote")
-        card, file = json.loads((folder / "card.json").read_text()), folder / "hotfix.safetensors"
-        if not file.is_file() or hashlib.sha256(file.read_bytes()).hexdigest() != card.get("hotfix_sha256"):
-            raise ValueError(f"{str(file)!r} is missing or not the file that its card describes; write the hotfix again")
-        return cls(load_file(file), card)
+        return cls(*read(Path(folder)))

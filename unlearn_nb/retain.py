@@ -28,7 +28,8 @@ def generate(denoiser, seeds, steps=25, batch=64):
     "Follow the base model's own sampling path (DDIM) once per seed, keeping all it passes through."
     times, shape = denoiser.times(denoiser.T - 1, steps).tolist(), denoiser.shape
     parts = []
-    for chunk in torch.tensor(list(seeds)).split(batch):
+    seeds = list(seeds)
+    for chunk in (seeds[k:k + batch] for k in range(0, len(seeds), batch)):
         x_t, states, beliefs = randn(generators(chunk), shape, denoiser.device), [], []
         for t, t_next in zip(times, times[1:] + [-1]):
             states.append(x_t)

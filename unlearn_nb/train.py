@@ -24,7 +24,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
-from .denoiser import Denoiser
+from .denoiser import Denoiser, read_image
 from .faces import FaceDescriptor, Identity, draw, sample_identity, sample_scene, vary
 
 # %% ../nbs/11_train.ipynb #8b9d89cf
@@ -39,7 +39,7 @@ def folder_images(folder, size):
     files = sorted(p for p in Path(folder).rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     if not files: raise ValueError(f"no PNG, JPEG or WebP image in {str(folder)!r}; give a folder with images, or 'faces'")
     def square(file):
-        image = Image.open(file, formats=("PNG", "JPEG", "WEBP")).convert("RGB")
+        image = read_image(file)
         side = min(image.size)
         left, top = (image.width - side) // 2, (image.height - side) // 2
         return np.asarray(image.crop((left, top, left + side, top + side)).resize((size, size), Image.Resampling.LANCZOS))
@@ -58,14 +58,14 @@ class TrainConfig:
     seed: int = 0
 
 # %% ../nbs/11_train.ipynb #9aba0997
-def new_denoiser(size, cfg=TrainConfig()):
+def new_denoiser(size, cfg=TrainConfig(), device="cpu"):
     "A fresh small UNet that predicts v (Salimans and Ho 2022), with the levels of Ho et al. (2020): T = 1000, beta 1e-4 ... 0.02."
     n = len(cfg.channels)
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         net = UNet2DModel(sample_size=size, layers_per_block=1, block_out_channels=cfg.channels, norm_num_groups=8, attention_head_dim=16,
             down_block_types=("DownBlock2D",) * n, up_block_types=("UpBlock2D",) * n)
-    return Denoiser(net, DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing"))
+    return Denoiser(net.to(device), DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing"))
 
 # %% ../nbs/11_train.ipynb #62168ff0
 def denoising_loss(denoiser, x0, g):
@@ -98,9 +98,10 @@ def train(data, out, cfg=TrainConfig()):
     Everything random comes from (cfg.seed, step, process). A run that was stopped goes on from its last checkpoint when called again with the same arguments.
     Under torchrun or `accelerate launch` each process takes its share of every batch."""
     rank, world = processes()
+    if not (cfg.steps is None or cfg.steps > 0) or cfg.minutes <= 0 or cfg.batch % world: raise ValueError(f"steps {cfg.steps} and minutes {cfg.minutes} must be above 0, and batch {cfg.batch} a multiple of the {world} processes")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
-    denoiser = new_denoiser(data.shape[-1], cfg)
+    denoiser = new_denoiser(data.shape[-1], cfg, f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     net, (step, elapsed) = denoiser.net.train(), (0, 0.)
     ema = {k: v.clone() for k, v in net.state_dict().items()}
     opt = torch.optim.AdamW(net.parameters(), lr=cfg.lr, betas=(.9, .99), weight_decay=1e-3)
@@ -114,13 +115,13 @@ def train(data, out, cfg=TrainConfig()):
         if not torch.isfinite(loss): raise FloatingPointError(f"the loss is {loss.item()} at step {step}; the last checkpoint is kept in {str(out)!r}")
         opt.zero_grad()
         loss.backward()
-        if world > 1: elapsed = average(net, elapsed)
+        elapsed, last = elapsed + time.monotonic() - last, time.monotonic()
+        if world > 1: elapsed = average(net, elapsed)   # the same on all, so that all end at the same step
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
         opt.step()
         step += 1
         decay = min(cfg.ema, (1 + step) / (10 + step))
         for k, v in net.state_dict().items(): ema[k].lerp_(v, 1 - decay)
-        elapsed, last = elapsed + time.monotonic() - last, time.monotonic()
         bar.set_postfix_str(f"loss {loss.item():.3f}, {elapsed / 60:.1f} min", refresh=False)
         bar.update()
         if last - saved > cfg.save_every and rank == 0:
@@ -137,16 +138,17 @@ def checkpoint(out, net, ema, opt, cfg, step, elapsed):
     "Write the state of a training run under a temporary name, then rename it: a crash leaves the old file or the new one."
     state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
     for i, s in opt.state_dict()["state"].items(): state |= {f"opt.{i}.{k}": v for k, v in s.items()}
-    facts = {"config": json.dumps(asdict(cfg)), "step": str(step), "elapsed": repr(elapsed)}
+    facts = {"config": json.dumps(asdict(cfg) | {"size": net.config.sample_size}), "step": str(step), "elapsed": repr(elapsed)}
     save_file(state, out / "training.tmp", facts)
+    with open(out / "training.tmp", "rb") as f: os.fsync(f.fileno())
     os.replace(out / "training.tmp", out / "training.safetensors")
 
 def resume(out, net, ema, opt, cfg):
     "Load what `checkpoint` wrote into net, ema and opt; returns (step, elapsed seconds)."
     with safe_open(out / "training.safetensors", "pt") as f: facts = f.metadata()
-    if (old := json.loads(facts["config"])) != json.loads(json.dumps(asdict(cfg))):
+    if (old := json.loads(facts["config"])) != json.loads(json.dumps(asdict(cfg) | {"size": net.config.sample_size})):
         raise ValueError(f"{str(out)!r} holds a run with other settings ({old}); give another folder or the same settings")
-    state = load_file(out / "training.safetensors")
+    state = load_file(out / "training.safetensors", device=str(net.device))
     net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
     for k in ema: ema[k].copy_(state[f"ema.{k}"])
     saved = opt.state_dict()

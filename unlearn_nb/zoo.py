@@ -175,8 +175,8 @@ def fetch(name, revision=None, download=snapshot_download):
     folder = get(pin.revision if pin else revision, f"*{NET}", f"*{WEIGHTS}.index.json")
     net, _, _ = configs(folder)
     def present(): return any(net.glob("diffusion_pytorch_model*.safetensors")) or (net / PICKLE).is_file()
-    for files in [(pin.file,)] if pin else [(WEIGHTS, WEIGHTS.replace(".", "-*.")), (PICKLE,)]:
-        if not present(): get(folder.name, *(f.relative_to(folder).as_posix() for f in map(net.joinpath, files)))
+    for wanted in [(pin.file,)] if pin else [(WEIGHTS, WEIGHTS.replace(".", "-*.")), (PICKLE,)]:
+        if not present(): get(folder.name, *(f.relative_to(folder).as_posix() for f in map(net.joinpath, wanted)))
     if pin and (net / pin.file).is_file() and not (net / WEIGHTS).is_file() and (found := sha256(net / pin.file)) != pin.sha256:
         warnings.warn(f"{pin.file} of {name!r} has the SHA-256 {found}, but a third party reported {pin.sha256}; this may be another model than others know under this name")
     return folder
