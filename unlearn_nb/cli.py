@@ -54,7 +54,7 @@ def forget_one(model, seed, image, surrogate, steps, out):
         denoiser, cfg = load(model), Config() if steps is None else Config(steps=steps)
         click.echo(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
         x_f = read_image(image) if image else denoiser.decode(denoiser.sample([seed], cfg.sampling_steps))[0]
-        x_s = read_image(surrogate) if surrogate else surrogates.inpaint(denoiser, x_f)
+        x_s = read_image(surrogate) if surrogate else surrogates.propose(denoiser, x_f, steps=cfg.sampling_steps)
         request = Request(x_f, x_s, seed)
         click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
         others = default_retain(denoiser, cfg)

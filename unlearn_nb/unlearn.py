@@ -37,13 +37,15 @@ class Request:
 # %% ../nbs/09_unlearn.ipynb #b0ea6e2c
 @dataclass(frozen=True)
 class Config:
-    steps: int = 60                # updates of the weights
+    steps: int = 75                # updates of the weights
     forget_batch: int = 8          # states that lead to the forget image, per step
     retain_batch: int = 24         # states of other pictures, per step
-    lr: float = 3e-4               # of Adam, at its highest; falls to zero along a cosine
-    weight: str = "min_snr"        # w(snr) of the x0-error; a name of room `weights` or a callable
+    lr: float = 7e-4               # of Adam, at its highest; falls to zero along a cosine
+    weight: str = "min_snr"        # w(snr) of the forget loss; a name of room `weights` or a callable
+    retain_weight: str = "unit_v"  # w(snr) of the retain loss
+    retain_factor: float = 2.      # the retain loss counts this many times
     surgery: str = "symmetric"     # how the two gradients meet; a name of room `surgery` or a callable
-    t_max: int = 800               # the forget image is noised to levels below this
+    t_max: int = 500               # the forget image is noised to levels below this
     retain_images: int = 64        # paths of the base model, seeds 100,000 and up
     sampling_steps: int = 25       # of each path
     clip: float = 1.               # largest norm of a step's gradient
@@ -90,9 +92,9 @@ def check(denoiser, requests, cfg):
     for r in requests:
         denoiser.encode([r.image, r.surrogate])
         if r.seed is not None and r.seed < 0: raise ValueError(f"seed {r.seed} is below 0; give a seed of 0 or more")
-    for name in ("steps", "forget_batch", "retain_batch", "retain_images", "sampling_steps", "lr", "t_max"):
+    for name in ("steps", "forget_batch", "retain_batch", "retain_images", "sampling_steps", "lr", "t_max", "retain_factor"):
         if getattr(cfg, name) <= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be above 0")
-    weights.get(cfg.weight), surgery.get(cfg.surgery)
+    weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
 
 # %% ../nbs/09_unlearn.ipynb #9c3603d2
 def default_retain(denoiser, cfg):
@@ -108,9 +110,9 @@ def goals(denoiser, requests, cfg):
     return x_f, x_s, replace(own, beliefs=x_s[seeded][:, None].expand_as(own.beliefs))
 
 def forget_states(denoiser, x_f, x_s, own, cfg, g):
-    "The forget batch of one step: noised forget images, and states of their own paths where those are known."
-    n = cfg.forget_batch // 2 if own else cfg.forget_batch
-    parts = [noised_states(denoiser, x_f, x_s, n, cfg.t_max, g)] + ([path_states(own, cfg.forget_batch - n, g)] if own else [])
+    "The forget batch of one step: noised forget images, and for three in eight states of their own paths, where those are known."
+    n = cfg.forget_batch - (3 * cfg.forget_batch // 8 if own else 0)
+    parts = [noised_states(denoiser, x_f, x_s, n, cfg.t_max, g)] + ([path_states(own, cfg.forget_batch - n, g)] if n < cfg.forget_batch else [])
     return map(torch.cat, zip(*parts))
 
 def gradient(loss, params):
@@ -126,14 +128,14 @@ def unlearn(denoiser, requests, retain=None, cfg=Config()):
     check(denoiser, requests, cfg)
     start, log, retain = time.monotonic(), [], retain or default_retain(denoiser, cfg)
     x_f, x_s, own = goals(denoiser, requests, cfg)
-    w, project, params = weights.get(cfg.weight), surgery.get(cfg.surgery), dict(denoiser.net.named_parameters())
+    w_f, w_r, project, params = weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery), dict(denoiser.net.named_parameters())
     base = {k: p.detach().clone() for k, p in params.items()}
     opt = torch.optim.Adam(params.values(), lr=cfg.lr)
     try:
         for step in (bar := tqdm(range(cfg.steps), "unlearn")):
             g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-            loss_f, g_f = gradient(x0_loss(denoiser, *forget_states(denoiser, x_f, x_s, own, cfg, g), w), params)
-            loss_r, g_r = gradient(x0_loss(denoiser, *path_states(retain, cfg.retain_batch, g), w), params)
+            loss_f, g_f = gradient(x0_loss(denoiser, *forget_states(denoiser, x_f, x_s, own, cfg, g), w_f), params)
+            loss_r, g_r = gradient(cfg.retain_factor * x0_loss(denoiser, *path_states(retain, cfg.retain_batch, g), w_r), params)
             for p, d in zip(params.values(), project(g_f, g_r)): p.grad = d
             norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.clip)
             if not norm.isfinite(): raise FloatingPointError(f"the gradient is not finite at step {step} (lr {cfg.lr}); the model is back at its base weights")
