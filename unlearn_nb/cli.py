@@ -61,7 +61,7 @@ def forget_one(model, seed, image, surrogate, steps, out):
         click.echo("3/4  unlearn")
         hotfix = unlearn(denoiser, [request], others, cfg)
         click.echo("4/4  before and after")
-        evidence, before, after = report.evaluate(denoiser, hotfix, [request], others.x0, steps=cfg.sampling_steps)
+        evidence, before, after = report.evaluate(denoiser, hotfix, [request], others.x0, panel=report.PANEL[:32], steps=cfg.sampling_steps)
         report.save_report(folder, evidence, report.figure(denoiser, [request], before, after))
         hotfix.save(folder)
     click.echo("\n" + report.table(evidence) + f"\n\nwritten to {out}: hotfix.safetensors, card.json, report.json, before_after.png")

@@ -37,13 +37,12 @@ class Request:
 # %% ../nbs/09_unlearn.ipynb #b0ea6e2c
 @dataclass(frozen=True)
 class Config:
-    steps: int = 75                # updates of the weights
+    steps: int = 60                # updates of the weights
     forget_batch: int = 8          # states that lead to the forget image, per step
     retain_batch: int = 24         # states of other pictures, per step
-    lr: float = 7e-4               # of Adam, at its highest; falls to zero along a cosine
+    lr: float = 9e-4               # of Adam, at its highest; falls to zero along a cosine
     weight: str = "min_snr"        # w(snr) of the forget loss; a name of room `weights` or a callable
     retain_weight: str = "unit_v"  # w(snr) of the retain loss
-    retain_factor: float = 2.      # the retain loss counts this many times
     surgery: str = "symmetric"     # how the two gradients meet; a name of room `surgery` or a callable
     t_max: int = 500               # the forget image is noised to levels below this
     retain_images: int = 64        # paths of the base model, seeds 100,000 and up
@@ -92,7 +91,7 @@ def check(denoiser, requests, cfg):
     for r in requests:
         denoiser.encode([r.image, r.surrogate])
         if r.seed is not None and r.seed < 0: raise ValueError(f"seed {r.seed} is below 0; give a seed of 0 or more")
-    for name in ("steps", "forget_batch", "retain_batch", "retain_images", "sampling_steps", "lr", "t_max", "retain_factor"):
+    for name in ("steps", "forget_batch", "retain_batch", "retain_images", "sampling_steps", "lr", "t_max"):
         if getattr(cfg, name) <= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be above 0")
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
 
@@ -135,7 +134,7 @@ def unlearn(denoiser, requests, retain=None, cfg=Config()):
         for step in (bar := tqdm(range(cfg.steps), "unlearn")):
             g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
             loss_f, g_f = gradient(x0_loss(denoiser, *forget_states(denoiser, x_f, x_s, own, cfg, g), w_f), params)
-            loss_r, g_r = gradient(cfg.retain_factor * x0_loss(denoiser, *path_states(retain, cfg.retain_batch, g), w_r), params)
+            loss_r, g_r = gradient(x0_loss(denoiser, *path_states(retain, cfg.retain_batch, g), w_r), params)
             for p, d in zip(params.values(), project(g_f, g_r)): p.grad = d
             norm = torch.nn.utils.clip_grad_norm_(params.values(), cfg.clip)
             if not norm.isfinite(): raise FloatingPointError(f"the gradient is not finite at step {step} (lr {cfg.lr}); the model is back at its base weights")
