@@ -128,29 +128,33 @@ def two_sets(seed, sizes, dim, shift):
     return normal(sizes[0], dim, seed=seed), normal(sizes[1], dim, seed=seed + 1) @ mix + shift
 
 
+def unit(x): return x/x.norm(dim=1, keepdim=True)
+def unit_sets(*args): return [unit(x) for x in two_sets(*args)]
+
+
 @sets
 @settings(max_examples=40)
 def test_kid_is_that_of_torchmetrics(seed, sizes, dim, shift):
-    a, b = two_sets(seed, sizes, dim, shift)
+    a, b = unit_sets(seed, sizes, dim, shift)
     n = min(sizes)   # theirs wants sets of one size
-    assert kid(a[:n], b[:n]) == pytest.approx(poly_mmd(a[:n].double(), b[:n].double(), degree=3, gamma=None, coef=1.).item(), rel=1e-3, abs=1e-3)
+    assert kid(a[:n], b[:n]) == pytest.approx(poly_mmd(a[:n].double(), b[:n].double(), degree=3, gamma=1., coef=1.).item(), rel=1e-3, abs=1e-3)
 
 
 @sets
 @settings(max_examples=10)
 def test_kid_is_the_unbiased_mean_over_pairs(seed, sizes, dim, shift):
     "By loops, for sets of any two sizes."
-    a, b = (x.double().numpy() for x in two_sets(seed, sizes, dim, shift))
-    def k(x, y): return (x @ y/dim + 1)**3
+    a, b = (x.double().numpy() for x in unit_sets(seed, sizes, dim, shift))
+    def k(x, y): return (x @ y + 1)**3
     def within(s): return np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j])
-    assert kid(*two_sets(seed, sizes, dim, shift)) == pytest.approx(within(a) + within(b) - 2*np.mean([k(x, y) for x in a for y in b]), rel=1e-3, abs=1e-3)
+    assert kid(*unit_sets(seed, sizes, dim, shift)) == pytest.approx(within(a) + within(b) - 2*np.mean([k(x, y) for x in a for y in b]), rel=1e-3, abs=1e-3)
 
 
 def test_kid_is_about_0_for_one_distribution_and_grows_with_the_shift():
-    half = [kid(normal(100, 16, seed=k), normal(100, 16, seed=k + 50)) for k in range(20)]
+    half = [kid(unit(normal(100, 16, seed=k)), unit(normal(100, 16, seed=k + 50))) for k in range(20)]
     assert abs(np.mean(half)) < .05 and min(half) < 0   # unbiased: below 0 too
     a = normal(200, 16)
-    shifted = [kid(a, normal(200, 16, seed=1) + s) for s in (0., .2, .5, 1.)]
+    shifted = [kid(unit(a), unit(normal(200, 16, seed=1) + s)) for s in (0., .2, .5, 1.)]
     assert shifted == sorted(shifted) and shifted[-1] > 1
 
 

@@ -35,7 +35,7 @@ def test_schema(run):
     assert json.loads(json.dumps(r)) == r and r["preserve"]["seeds"] == [20, 24]
     assert fingerprint(model) == fix.card["base"]["sha256"]
     assert "NOT passed" in report.table(r) and "from t = 400" in report.table(r)
-    assert len(report.figure(model, [request], before, after, others=4).subfigs) == 2
+    assert min(report.figure(model, [request], before, after, others=4).size) > 400
 
 
 def test_same_request_same_report(run):

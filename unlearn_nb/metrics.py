@@ -38,8 +38,8 @@ def drift(before, after):
 
 # %% ../nbs/10_metrics.ipynb #a6681e50
 def kid(a, b):
-    "Kernel distance of two sets of feature vectors [N, D], [M, D]: unbiased MMD^2 with the kernel (x.y / D + 1)^3 (Binkowski et al. 2018); can be below 0."
-    def k(x, y): return (x @ y.T / x.shape[1] + 1) ** 3
+    "Kernel distance of two sets of unit vectors [N, D], [M, D]: unbiased MMD^2 with the kernel (x.y + 1)^3 (after Binkowski et al. 2018); can be below 0."
+    def k(x, y): return (x @ y.T + 1) ** 3
     def off_diagonal_mean(m): return (m.sum() - m.trace()) / (len(m) * (len(m) - 1))
     return (off_diagonal_mean(k(a, a)) + off_diagonal_mean(k(b, b)) - 2 * k(a, b).mean()).item()
 

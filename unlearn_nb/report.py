@@ -11,6 +11,7 @@ from io import BytesIO
 
 import torch
 from matplotlib.figure import Figure
+from PIL import Image
 
 from .hotfix import write
 from .metrics import describe, drift, kid, relative_forgetting, similarity
@@ -81,7 +82,7 @@ def table(report):
 
 # %% ../nbs/14_report.ipynb #8f4230c1
 def figure(denoiser, requests, before, after, others=12):
-    "The first request in one picture: what was asked, reconstructions before and after, other seeds before and after."
+    "The first request in one PIL image: what was asked, reconstructions before and after, other seeds before and after."
     fig = Figure(figsize=(10, 6.4), dpi=100, layout="constrained")
     top, bottom = fig.subfigures(2, 1, height_ratios=(1.55, 1))
     left, right = top.subfigures(1, 2, width_ratios=(1.25, 1))
@@ -104,12 +105,14 @@ def figure(denoiser, requests, before, after, others=12):
     left.suptitle("asked for, and given", fontsize=10)
     right.suptitle("the forget image, noised to level t and denoised again", fontsize=10)
     bottom.suptitle("other seeds must stay as they were", fontsize=10)
-    return fig
-
-# %% ../nbs/14_report.ipynb #30e55362
-def save_report(folder, report, fig):
-    "Write `report.json` and `before_after.png`."
     png = BytesIO()
     fig.savefig(png, format="png")
+    return Image.open(png)
+
+# %% ../nbs/14_report.ipynb #30e55362
+def save_report(folder, report, picture):
+    "Write `report.json` and `before_after.png`."
+    png = BytesIO()
+    picture.save(png, "PNG")
     write(folder / "before_after.png", png.getvalue())
     write(folder / "report.json", json.dumps(report, indent=1).encode())
