@@ -99,8 +99,7 @@ def train(data, out, cfg=TrainConfig()):
     Under torchrun or `accelerate launch` each process takes its share of every batch."""
     rank, world = processes()
     if not (cfg.steps is None or cfg.steps > 0) or cfg.minutes <= 0 or cfg.batch % world: raise ValueError(f"steps {cfg.steps} and minutes {cfg.minutes} must be above 0, and batch {cfg.batch} a multiple of the {world} processes")
-    out = Path(out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(out)).mkdir(parents=True, exist_ok=True)
     denoiser = new_denoiser(data.shape[-1], cfg, f"cuda:{rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu")
     net, (step, elapsed) = denoiser.net.train(), (0, 0.)
     ema = {k: v.clone() for k, v in net.state_dict().items()}
@@ -120,8 +119,7 @@ def train(data, out, cfg=TrainConfig()):
         torch.nn.utils.clip_grad_norm_(net.parameters(), 1.)
         opt.step()
         step += 1
-        decay = min(cfg.ema, (1 + step) / (10 + step))
-        for k, v in net.state_dict().items(): ema[k].lerp_(v, 1 - decay)
+        for k, v in net.state_dict().items(): ema[k].lerp_(v, 1 - min(cfg.ema, (1 + step) / (10 + step)))
         bar.set_postfix_str(f"loss {loss.item():.3f}, {elapsed / 60:.1f} min", refresh=False)
         bar.update()
         if last - saved > cfg.save_every and rank == 0:
