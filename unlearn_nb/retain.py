@@ -28,9 +28,9 @@ def generate(denoiser, seeds, steps=25, batch=64):
     "Follow the base model's own sampling path (DDIM) once per seed, keeping all it passes through."
     times, shape = denoiser.times(denoiser.T - 1, steps).tolist(), denoiser.shape
     parts = []
-    seeds = list(seeds)
-    for chunk in (seeds[k:k + batch] for k in range(0, len(seeds), batch)):
-        x_t, states, beliefs = randn(generators(chunk), shape, denoiser.device), [], []
+    gens = generators(list(seeds))
+    for chunk in (gens[k:k + batch] for k in range(0, len(gens), batch)):
+        x_t, states, beliefs = randn(chunk, shape, denoiser.device), [], []
         for t, t_next in zip(times, times[1:] + [-1]):
             states.append(x_t)
             beliefs.append(denoiser.predict(x_t, t))
