@@ -13,6 +13,20 @@ os.environ.setdefault('HF_HUB_OFFLINE', '1')
 settings.register_profile('patient', deadline=None, print_blob=True)  # a busy machine is no failure
 if 'CI' not in os.environ: settings.load_profile('patient')
 
+
+def pytest_addoption(parser): parser.addoption('--slow', action='store_true', help='run the tests marked slow too: some minutes')
+
+
+def pytest_configure(config): config.addinivalue_line('markers', 'slow: takes minutes; runs with --slow')
+
+
+def pytest_collection_modifyitems(config, items):
+    slow = [] if config.getoption('--slow') else [item for item in items if item.get_closest_marker('slow')]
+    if slow:
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
+
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCE = {'.git', '.venv', 'venv', 'build', 'dist', '_proc', '_docs', '__pycache__', '.pytest_cache', '.hypothesis', '.ipynb_checkpoints'}
 

@@ -64,6 +64,28 @@ def test_forget_a_picture_with_a_surrogate_of_ones_own_in_a_model_of_ones_own(tm
     main([str(a) for a in ["sample", "--model", tmp_path/"model", "--hotfix", tmp_path/"fix", "--seeds", "0:2", "--steps", 2, "--out", tmp_path/"x.png"]])
 
 
+def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
+    "A second hotfix knows what it lies on and what must stay forgotten; a run that was complete but for its report goes on from its checkpoint, which then goes."
+    from diffusers import DDPMPipeline
+
+    from test_unlearn import tiny
+    model = tiny()
+    DDPMPipeline(model.net, model.scheduler).save_pretrained(tmp_path/"model")
+    def forget(*args): main([str(a) for a in ["forget", "--model", tmp_path/"model", "--steps", 2, *args]])
+    forget("--seed", 1, "--out", tmp_path/"one")
+    forget("--seed", 2, "--hotfix", tmp_path/"one", "--rank", 2, "--checkpoint", tmp_path/"state", "--out", tmp_path/"two")
+    first, second = (Hotfix.load(tmp_path/name) for name in ("one", "two"))
+    assert second.card["on"] == [first.id] and second.card["base"] == first.card["base"] and any("lora_A" in k for k in second.delta)
+    assert [row["seed"] for row in json.loads((tmp_path/"two/report.json").read_text())["earlier"]] == [1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "two"]
+    grids = {}
+    for name, fixes in (("none", []), ("both", ["one", "two"]), ("second", ["two"])):
+        more = [a for f in fixes for a in ("--hotfix", tmp_path/f)]
+        main([str(a) for a in ["sample", "--model", tmp_path/"model", *more, "--seeds", "0:4", "--steps", 3, "--out", tmp_path/f"{name}.png"]])
+        grids[name] = np.asarray(Image.open(tmp_path/f"{name}.png"))
+    assert (grids["none"] != grids["both"]).any() and (grids["both"] != grids["second"]).any()
+
+
 @pytest.mark.parametrize("args, says", [
     ("demo --steps 0", "0"), ("demo --seed -1", "-1"), ("demo --seed x", "x"), ("demo --colour red", "--colour"), ("dance", "dance"),
     ("forget --model faces --out {}/o", "--seed or --image"), ("forget --model faces --seed 1 --image a.png --out {}/o", "--seed or --image"),
@@ -74,6 +96,8 @@ def test_forget_a_picture_with_a_surrogate_of_ones_own_in_a_model_of_ones_own(tm
     ("forget --model faces --seed 1 --out {}/no/such/o", "no folder"), ("forget --model faces --seed 1", "--out"),
     ("sample --model faces --seeds 4:1 --out {}/o.png", "4:1"), ("sample --model faces --seeds -3 --out {}/o.png", "-3"), ("sample --model faces --out {}/o.gif", ".png"),
     ("sample --model faces --hotfix {} --out {}/o.png", "card.json"), ("sample --model faces --steps 0 --out {}/o.png", "0"),
+    ("forget --model faces --seed 1 --rank -1 --out {}/o", "-1"), ("forget --model faces --seed 1 --hotfix {}/empty --out {}/o", "card.json"),
+    ("forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o", "folder that does not exist"),
     ("train --data {}/empty --out {}/o --minutes 1", "empty"), ("train --data faces --out {}/full --minutes 1", "full"), ("train --data faces --out {}/o --minutes 0", "0"),
     ("train --data faces --size 30 --out {}/o --minutes 1", "30")])
 def test_bad_input_is_one_sentence_and_leaves_nothing(args, says, tmp_path, capsys, monkeypatch):
@@ -99,7 +123,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"]])
+@pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"], ["bench"]])
 def test_help(args, capsys):
     main([*args, "--help"])
     out = capsys.readouterr().out

@@ -1,4 +1,5 @@
-"Hotfix: on and off again bit for bit, refused where it does not belong, whole on the disk or refused."
+"Hotfix: on and off again bit for bit in any order, refused where it does not belong, whole on the disk or refused."
+import errno
 import hashlib
 import json
 import subprocess
@@ -11,12 +12,15 @@ import torch
 from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, LoraModel
 from safetensors.torch import load_file
+from torch import nn
+from torch.testing import assert_close
 
 from conftest import ROOT
 from test_denoiser import tiny_net
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.hotfix import Hotfix, fingerprint, write
+from unlearn_nb.hotfix import Hotfix, change, changed, fingerprint, write
 
 DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -31,6 +35,15 @@ def hotfix(d, seed=0, part=3, size=.01):
     g = torch.Generator().manual_seed(seed)
     delta = {k: (size*torch.randn(v.shape, generator=g)).half() for k, v in list(weights(d).items())[::part]}
     return Hotfix(delta, {'base': {'id': d.name, 'revision': None, 'sha256': fingerprint(d)}, 'config': {'steps': 3, 'text': 'ä "quoted"\n'}, 'seeds': [1, 2]})
+
+
+def low_rank(d, seed=0, part=2, rank=2, size=.05):
+    "A change of every `part`-th convolution and linear layer of d, as two factors each."
+    g, delta = torch.Generator().manual_seed(seed), {}
+    for name, v in [(k, v) for k, v in weights(d).items() if v.dim() > 1][::part]:
+        delta[name.replace('weight', 'lora_A.weight')] = (size*torch.randn(rank, *v.shape[1:], generator=g)).half()
+        delta[name.replace('weight', 'lora_B.weight')] = torch.randn(len(v), rank, *[1]*(v.dim() - 2), generator=g).half()
+    return Hotfix(delta, hotfix(d).card)
 
 
 def refused(act, *words):
@@ -121,23 +134,34 @@ def test_applied_it_changes_what_the_model_gives():
 def test_refused_where_it_does_not_belong():
     d, other = base(), base()
     fix, mine = hotfix(d), hotfix(d, seed=1)
-    list(other.net.parameters())[0].data[0] += .5
+    other.net.conv_in.weight.data[0] += .5
     before = weights(other)
     refused(lambda: fix.apply(other), 'tiny', fingerprint(d)[:12], fingerprint(other)[:12])
-    assert equal(weights(other), before)
+    assert equal(weights(other), before) and not other.hotfixes
     refused(lambda: fix.remove(d), 'not applied')
     refused(lambda: fix.apply(base(torch.bfloat16)), 'tiny')
     fix.apply(d)
     on = weights(d)
     refused(lambda: fix.apply(d), 'already applied')
-    refused(lambda: mine.apply(d), 'remove the hotfix')   # on a base that has another one on
-    refused(lambda: hotfix(base()).apply(d), 'remove the hotfix')   # the same one, loaded twice
-    assert equal(weights(d), on)
+    refused(lambda: hotfix(base()).apply(d), 'already applied')   # the same one, loaded twice
+    refused(lambda: mine.remove(d), 'not applied')
+    refused(lambda: hotfix(other, seed=2).apply(d), fingerprint(other)[:12], fingerprint(base())[:12])   # for another base, while one is on
+    assert equal(weights(d), on) and d.hotfixes == [fix]
     fix.remove(d)
     refused(lambda: fix.remove(d), 'not applied')
-    mine.apply(d)   # now it may
-    mine.remove(d)
     assert fingerprint(d) == fingerprint(base())
+
+
+def test_refused_on_another_base_with_the_same_hotfixes_on():
+    "The weights may even be equal: what counts is the base beneath."
+    d, other = base(), base()
+    fix = hotfix(d, part=1)
+    for k, v in other.net.state_dict().items(): v.add_(fix.delta[k])
+    fix.apply(d)
+    assert fingerprint(d) == fingerprint(other) and fingerprint(d, base=True) == fingerprint(base())
+    refused(lambda: hotfix(base(), seed=1).apply(other), fingerprint(other)[:12])
+    hotfix(base(), seed=1).apply(d)
+    assert len(d.hotfixes) == 2
 
 
 def test_not_taken_off_another_model():
@@ -151,6 +175,90 @@ def test_not_taken_off_another_model():
     assert equal(weights(other), before)
     fix.remove(d)
     assert fingerprint(d) == fingerprint(base())
+
+
+# --- several, in any order ---
+
+@lru_cache
+def pool(dtype):
+    "Full and low-rank changes that overlap, of one base."
+    d = base(dtype)
+    return [hotfix(d, 1, part=1), hotfix(d, 2, part=2), hotfix(d, 3, part=3, size=10.), low_rank(d, 4, part=1), low_rank(d, 5, part=2), low_rank(d, 6, part=3, rank=1)]
+
+
+def stacked(dtype, fixes):
+    "The weights of a fresh base with these on, in their order."
+    d = base(dtype)
+    for fix in fixes: fix.apply(d)
+    return weights(d)
+
+
+@DTYPES
+@given(moves=st.lists(st.integers(0, 5), min_size=1, max_size=8), last=st.permutations(range(6)))
+@settings(max_examples=5)
+def test_on_and_off_in_any_order(dtype, moves, last):
+    "Each move puts a hotfix on, or takes it off if it is on; after each, the weights are the base with those that are on, as if nothing else had ever been on."
+    d, fixes, on = base(dtype), pool(dtype), []
+    before, mark = weights(d), fingerprint(d)
+    def go(fix):
+        (fix.remove if fix in on else fix.apply)(d)
+        (on.remove if fix in on else on.append)(fix)
+        assert d.hotfixes == on and equal(weights(d), stacked(dtype, on)) and fingerprint(d, base=True) == mark
+    for k in moves: go(fixes[k])
+    for k in last:
+        if fixes[k] in on: go(fixes[k])
+    assert not on and not d.base and equal(weights(d), before) and fingerprint(d) == mark
+
+
+def test_several_are_the_sum_of_their_changes():
+    "The order is seen in the last bits alone, and weights that none is about are never touched."
+    d, fixes = base(), pool(torch.float32)[1:5]
+    before = weights(d)
+    for fix in fixes: fix.apply(d)
+    for k, v in before.items():
+        changes = [change(fix.delta, k) for fix in fixes if k in changed(fix.delta)]
+        if changes: assert_close(weights(d)[k], v + sum(changes), atol=1e-5, rtol=1e-5)
+        else: assert torch.equal(weights(d)[k], v)
+
+
+# --- low rank ---
+
+class Layers(nn.Module):
+    "A layer of every kind that a low-rank change is made for."
+    def __init__(self):
+        super().__init__()
+        self.conv, self.stride, self.wide = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 6, (2, 3), stride=2, bias=False), nn.Conv2d(6, 5, 2, padding=(0, 1))
+        self.point, self.linear, self.out = nn.Conv2d(5, 4, 1), nn.Linear(4, 7), nn.Linear(7, 2, bias=False)
+
+    def forward(self, x): return self.out(self.linear(self.point(self.wide(self.stride(self.conv(x)))).flatten(2).transpose(1, 2)))
+
+
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, 5))
+@settings(max_examples=10)
+def test_a_low_rank_change_is_what_peft_computes(seed, rank):
+    net, plain = Layers(), Layers()
+    plain.load_state_dict(net.state_dict())
+    names = [k for k, m in net.named_children()]
+    adapter = LoraModel(net, {'x': LoraConfig(r=rank, lora_alpha=rank, target_modules=names)}, 'x')
+    g, x = torch.Generator().manual_seed(seed), torch.randn(2, 3, 9, 9, generator=torch.Generator().manual_seed(seed + 1))
+    delta = {k.replace('.x.', '.'): w.data.copy_(torch.randn(w.shape, generator=g)*.3) for k, w in net.named_parameters() if '.lora_' in k}
+    assert changed(delta) == sorted(f'{k}.weight' for k in names)
+    with torch.no_grad():
+        before, expected = plain(x), adapter(x)
+        for k in changed(delta): plain.get_parameter(k).add_(change(delta, k))
+        assert_close(plain(x), expected, atol=2e-4, rtol=2e-4)
+        assert (expected - before).norm() > .1*before.norm()
+    adapter.merge_and_unload()   # and weight by weight, as peft itself adds it
+    for k, v in net.state_dict().items(): assert_close(plain.state_dict()[k], v, atol=1e-5, rtol=1e-5)
+
+
+def test_a_low_rank_change_survives_the_disk(tmp_path):
+    fix = low_rank(base())
+    fix.save(tmp_path)
+    again, d, e = Hotfix.load(tmp_path), base(), base()
+    fix.apply(d), again.apply(e)
+    assert fingerprint(d) == fingerprint(e) and again.id == fix.id
+    assert sum(v.numel() for v in fix.delta.values()) < sum(weights(d)[k].numel() for k in changed(fix.delta))/2
 
 
 # --- on the disk ---
@@ -227,17 +335,35 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 
 # --- crashes ---
 
-def test_write_keeps_the_old_file_until_the_new_one_is_there(tmp_path, monkeypatch):
-    file = tmp_path/'x'
-    write(file, b'old')
-    for broken in ('fsync', 'replace'):
-        with monkeypatch.context() as m:
-            def fail(*args): raise OSError('disk full')
-            m.setattr(f'unlearn_nb.hotfix.os.{broken}', fail)
-            with pytest.raises(OSError, match='disk full'): write(file, b'new')
-        assert file.read_bytes() == b'old'
-    write(file, b'new')
-    assert file.read_bytes() == b'new' and [p.name for p in tmp_path.iterdir()] == ['x']
+@pytest.mark.parametrize('broken', ['fsync', 'replace'])
+def test_a_full_disk_keeps_the_old_file(tmp_path, monkeypatch, broken):
+    "The old file stays until the new one is whole, and nothing else is left lying about."
+    write(tmp_path/'x', b'old')
+    def fail(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr(f'unlearn_nb.hotfix.os.{broken}', fail)
+        for name in ('x', 'fresh'):
+            with pytest.raises(OSError) as e: write(tmp_path/name, b'new')
+            assert e.value.errno == errno.ENOSPC
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('x', b'old')]
+    write(tmp_path/'x', b'new')
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('x', b'new')]
+
+
+def test_a_part_of_a_killed_write_is_in_nobodys_way(tmp_path):
+    (tmp_path/'x.part').write_bytes(b'a long half-written file of somebody who was killed')
+    write(tmp_path/'x', b'new')
+    assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [('x', b'new')]
+
+
+def test_a_full_disk_while_saving_leaves_the_older_hotfix(tmp_path, monkeypatch):
+    old, new = hotfix(base(), 0), hotfix(base(), 1)
+    old.save(tmp_path)
+    def fail(*args): raise OSError(errno.ENOSPC, 'No space left on device')
+    with monkeypatch.context() as m:
+        m.setattr('unlearn_nb.hotfix.os.fsync', fail)
+        with pytest.raises(OSError): new.save(tmp_path)
+    assert Hotfix.load(tmp_path).id == old.id and len(list(tmp_path.iterdir())) == 2
 
 
 KILLER = '''

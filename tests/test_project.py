@@ -22,7 +22,7 @@ FLOORS = [  # imports go from a later line to an earlier one, and never sideways
     ['denoiser', 'weights', 'surgery'],
     ['zoo', 'surrogates', 'retain', 'hotfix', 'metrics', 'train'],
     ['unlearn', 'audit'],
-    ['report', 'baselines'],
+    ['report', 'baselines', 'bench'],
     ['cli', 'studio'],
 ]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}

@@ -1,17 +1,22 @@
 "Surgery: what each rule promises, for gradients of any size and dtype, and torchjd as an independent judge."
 import math
+from copy import deepcopy
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from torchjd.aggregation import PCGrad
+from torchjd.aggregation import GradVac, PCGrad
 
 from unlearn_nb import surgery
-from unlearn_nb.surgery import cosine, get, one_sided, plain, symmetric
+from unlearn_nb.surgery import RULES, cagrad, combine, cosine, get, gram, one_sided, per_tensor, plain, products, subspace, symmetric, vaccine
 
-RULES = [plain, one_sided, symmetric]
-every_rule = pytest.mark.parametrize('rule', RULES, ids=lambda r: r.__name__)
+def fresh_subspace(g_f, g_r): return subspace()(g_f, g_r)
+def subspace_of_one(g_f, g_r): return subspace(m=1)(g_f, g_r)
+
+EVERY = [plain, one_sided, symmetric, per_tensor, vaccine, cagrad, fresh_subspace]
+every_rule = pytest.mark.parametrize('rule', EVERY, ids=lambda r: r.__name__)
 SHAPES = [(3,), (2, 2), (1, 1, 2)]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}   # a direction is rounded to its dtype once
 
@@ -52,9 +57,17 @@ def test_symmetric_harms_neither(f, r, i, j):
 
 
 @given(gradients, gradients, exponents, exponents)
-def test_one_sided_never_harms_retain(f, r, i, j):
+def test_per_tensor_harms_neither_in_any_tensor(f, r, i, j):
     f, r = scaled(f, i), scaled(r, j)
-    assert harm(one_sided(f, r), r, f) <= 1
+    for d, x, y in zip(per_tensor(f, r), f, r, strict=True):
+        assert harm([d], [x], [y]) <= 1 and harm([d], [y], [x]) <= 1
+
+
+@pytest.mark.parametrize('rule', [one_sided, fresh_subspace, subspace_of_one], ids=lambda r: r.__name__)
+@given(f=gradients, r=gradients, i=exponents, j=exponents)
+def test_one_sided_and_subspace_never_harm_retain(rule, f, r, i, j):
+    f, r = scaled(f, i), scaled(r, j)
+    assert harm(rule(f, r), r, f) <= 1
 
 
 @given(gradients, gradients, st.floats(1.1, 100))
@@ -69,11 +82,18 @@ def test_one_sided_reverses_forgetting_beyond_alpha_star(f, r, factor):
     assert dot(symmetric(f, more), f) == pytest.approx(kept, rel=1e-2)
 
 
-@every_rule
+@pytest.mark.parametrize('rule', [plain, one_sided, symmetric, fresh_subspace, partial(vaccine, rho=0.)], ids=['plain', 'one_sided', 'symmetric', 'subspace', 'vaccine 0'])
 @given(f=gradients, r=gradients)
 def test_no_conflict_no_change(rule, f, r):
     assume(dot(f, r) > 1e-6)
     for d, x, y in zip(rule(f, r), f, r, strict=True): assert torch.equal(d, x + y)
+
+
+@given(gradients, gradients)
+def test_per_tensor_changes_the_tensors_in_conflict_alone(f, r):
+    for d, x, y in zip(per_tensor(f, r), f, r, strict=True):
+        if dot([x], [y]) >= 0: assert torch.equal(d, x + y)
+        elif cosine([x], [y]) < -.01 and min(size([x]), size([y])) > .1: assert (d - x - y).norm() > 1e-4
 
 
 @given(gradients, gradients)
@@ -102,16 +122,17 @@ def test_half_precision_is_as_good_as_its_rounding(rule, dtype, f, r, big):
     assert (flat(d) - flat(wide)).norm() <= tolerance
 
 
-@given(gradients, gradients, exponents)
-def test_only_lengths_scale(f, r, exponent):
+@given(f=gradients, r=gradients, exponent=exponents)
+@pytest.mark.parametrize('rule', [symmetric, per_tensor, vaccine, cagrad, fresh_subspace], ids=lambda r: r.__name__)
+def test_only_lengths_scale(rule, f, r, exponent):
     "Both gradients times one number: the direction times that number. Tiny and huge gradients get the same surgery."
-    assume(size(f) > .01 and size(r) > .01)
-    d, big = flat(symmetric(f, r)), flat(symmetric(scaled(f, exponent), scaled(r, exponent))) / 10.**exponent
+    assume(size(f) > .01 and size(r) > .01 and abs(cosine(f, r)) < .99)
+    d, big = flat(rule(f, r)), flat(rule(scaled(f, exponent), scaled(r, exponent))) / 10.**exponent
     torch.testing.assert_close(big, d, rtol=0, atol=1e-5 * (size(f) + size(r)))
 
 
 @pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-@pytest.mark.parametrize('rule', [one_sided, symmetric], ids=lambda r: r.__name__)
+@pytest.mark.parametrize('rule', [one_sided, symmetric, per_tensor, vaccine, cagrad, fresh_subspace], ids=lambda r: r.__name__)
 def test_a_non_finite_gradient_stays_visible(rule, bad):
     good, broken = [torch.ones(3), torch.ones(2)], [-torch.ones(3), torch.tensor([-1., bad])]
     for d in (rule(good, broken), rule(broken, good)): assert not flat(d).isfinite().all()
@@ -130,7 +151,7 @@ def test_many_weights_are_summed_in_float32(dtype):
     f = [torch.randn(400, 1000, generator=g) for _ in range(3)]
     r = [(torch.randn(400, 1000, generator=g) - .5 * x).to(dtype) for x in f]
     f = [x.to(dtype) for x in f]
-    assert cosine(f, r).item() == pytest.approx(dot(f, r) / (size(f) * size(r)), abs=1e-6)
+    assert cosine(f, r).item() == pytest.approx(dot(f, r) / (size(f) * size(r)), abs=1e-5)
     d = symmetric(f, r)
     assert dot(d, f) / dot(f, f) > -ROUNDING[dtype] and dot(d, r) / dot(r, r) > -ROUNDING[dtype]
 
@@ -156,6 +177,124 @@ def test_lists_of_other_lengths_are_refused(rule):
     with pytest.raises(ValueError): rule([torch.ones(2)], [torch.ones(2), torch.ones(2)])
 
 
+@every_rule
+def test_results_of_autograd_are_welcome(rule):
+    "A tuple as autograd.grad gives it, with one tensor for two weights and an expanded one, which could not be written to."
+    a, b, c = (torch.ones(3, requires_grad=True) for _ in range(3))
+    g_f = torch.autograd.grad((a + b).sum() + (c * torch.tensor([1., -2., 3.])).sum(), (a, b, c))
+    g_r = torch.autograd.grad(-(a + b).sum() - (c * torch.tensor([3., -2., 0.])).sum(), (a, b, c))
+    d = rule(g_f, g_r)
+    expected = rule([x.clone() for x in g_f], [x.clone() for x in g_r])
+    assert isinstance(d, list) and all(torch.equal(x, y) for x, y in zip(d, expected, strict=True))
+
+
+@every_rule
+def test_mixed_and_double_precision(rule):
+    g = torch.Generator().manual_seed(1)
+    f, r = ([torch.randn(s, generator=g) for s in SHAPES] for _ in range(2))
+    r = [y - 2 * x for x, y in zip(f, r)]
+    d = rule(f, r)
+    dtypes = torch.bfloat16, torch.float32, torch.float64
+    mixed = rule([x.to(t) for x, t in zip(f, dtypes)], [x.to(t) for x, t in zip(r, dtypes)])
+    assert [x.dtype for x in mixed] == list(dtypes)
+    assert (flat(mixed) - flat(d)).norm() <= 2e-2 * (size(f) + size(r))
+    exact = rule([x.double() for x in f], [x.double() for x in r])
+    torch.testing.assert_close(flat(exact), flat(d), rtol=1e-5, atol=1e-5)
+    assert products([x.double() for x in f], [x.double() for x in r])[1] == pytest.approx(dot(f, r), rel=1e-14)
+
+
+@given(gradients, gradients, exponents, exponents)
+def test_gram_is_the_inner_products_of_each_tensor(f, r, i, j):
+    f, r = scaled(f, i), scaled(r, j)
+    for row, x, y in zip(gram(f, r), f, r, strict=True):
+        lengths = size([x]), size([y])
+        for ours, theirs, unit in zip(row, (dot([x], [x]), dot([x], [y]), dot([y], [y])), (lengths[0]**2, lengths[0] * lengths[1], lengths[1]**2)):
+            assert abs(ours - theirs) <= 1e-6 * unit
+    ff, fr, rr = products(f, r)
+    assert abs(fr - dot(f, r)) <= 1e-6 * size(f) * size(r) and ff == pytest.approx(size(f)**2, rel=1e-6) and rr == pytest.approx(size(r)**2, rel=1e-6)
+
+
+def test_fused_norms_are_the_same_squares():
+    "On CUDA the squares come from one fused launch; the same call on the CPU."
+    class Cuda(list):
+        def __getitem__(self, i): return type('First', (), {'is_cuda': True, 'dtype': list.__getitem__(self, i).dtype})()
+    for dtype in ROUNDING:
+        g = [torch.randn(s, generator=torch.Generator().manual_seed(2)).to(dtype) for s in SHAPES]
+        torch.testing.assert_close(surgery.squares(Cuda(g)), surgery.squares(g))
+
+
+@given(gradients, gradients, st.floats(-2, 2), st.floats(-2, 2))
+def test_combine_is_the_sum_it_says(f, r, c_f, c_r):
+    torch.testing.assert_close(flat(combine(c_f, f, c_r, r)), c_f * flat(f) + c_r * flat(r), rtol=0, atol=1e-6)
+
+
+# --- the rules with a parameter ---
+
+@given(gradients, gradients, st.floats(-.9, .9))
+def test_vaccine_turns_each_to_the_target(f, r, rho):
+    "From d alone: with |g_f| >> |g_r| d is g_f' to first order, so its cosine with g_r is rho, or what it was if that is above."
+    assume(size(f) > .1 and size(r) > .1 and abs(cosine(f, r)) < .99)
+    f = scaled(f, 12)
+    was, turned = cosine(f, r).item(), cosine(vaccine(f, r, rho), r).item()
+    if was > rho + 1e-3: assert turned == pytest.approx(was, abs=1e-4)
+    elif was < rho - 1e-3: assert turned == pytest.approx(rho, abs=1e-3)
+
+
+@given(gradients, gradients)
+def test_vaccine_zero_is_symmetric_and_cagrad_zero_is_plain(f, r):
+    assume(size(f) > .01 and size(r) > .01)
+    tolerance = dict(rtol=0, atol=1e-5 * (size(f) + size(r)))
+    torch.testing.assert_close(flat(vaccine(f, r, 0.)), flat(symmetric(f, r)), **tolerance)
+    torch.testing.assert_close(flat(cagrad(f, r, 0.)), flat(plain(f, r)), **tolerance)
+
+
+@given(st.lists(st.tuples(gradients, gradients), min_size=1, max_size=7), st.integers(1, 4))
+def test_subspace_harms_none_of_the_last_m(run, m):
+    "What is added to the present g_r works against none of the m last retain gradients, and is g_f itself unless g_f did."
+    rule, past = subspace(m), []
+    for f, r in run:
+        assume(size(f) > .1 and size(r) > .1)
+        d = rule(f, r)
+        past = ([r] + past)[:m]
+        part = [x - y for x, y in zip(d, r)]
+        for old in past: assert dot(part, old) >= -2e-3 * size(f) * size(old)
+        assert dot(d, r) >= -1e-5 * size(r) * (size(f) + size(r))
+        if min(dot(f, old) / (size(f) * size(old)) for old in past) > 1e-5: assert torch.equal(flat(d), flat(plain(f, r)))
+
+
+@given(gradients, st.lists(gradients, min_size=1, max_size=3))
+def test_subspace_takes_away_the_projection_on_the_span(f, past):
+    "Against an orthonormal basis by QR, where the stored gradients are well apart."
+    R = torch.stack([flat(r) for r in past], 1)
+    assume(size(f) > .1 and (R.norm(dim=0) > .1).all() and torch.linalg.cond(R / R.norm(dim=0)) < 20)
+    assume(min((flat(f) @ R / R.norm(dim=0)).tolist()) < -1e-3)
+    rule, zero = subspace(m=3), [torch.zeros(s) for s in SHAPES]
+    for r in past[:-1]: rule(zero, r)
+    q = torch.linalg.qr(R).Q
+    expected = flat(f) - q @ (q.T @ flat(f)) + flat(past[-1])
+    torch.testing.assert_close(flat(rule(f, past[-1])), expected, rtol=0, atol=1e-4)
+
+
+@given(gradients, gradients)
+def test_subspace_of_one_is_one_sided(f, r):
+    torch.testing.assert_close(flat(subspace_of_one(f, r)), flat(one_sided(f, r)), rtol=0, atol=1e-5 * (1 + size(f) + size(r)))
+
+
+def test_subspace_forgets_what_is_older_than_m_and_ignores_zero():
+    x, y, zero = ([torch.tensor(v)] for v in ([1., 0.], [0., 1.], [0., 0.]))
+    rule = subspace(m=1)
+    rule(x, [-v for v in y])
+    rule(x, zero)                                             # says nothing, so y is still the last
+    assert rule(y, zero)[0].tolist() == [0., 0.]              # y works against -y
+    rule(zero, x)                                             # now x is the only one
+    assert rule(y, zero)[0].tolist() == [0., 1.]
+
+
+@pytest.mark.parametrize('call, word', [(lambda f: vaccine(f, f, rho=1.), 'rho'), (lambda f: vaccine(f, f, rho=-1.), 'rho'), (lambda f: cagrad(f, f, c=-.1), 'c is'), (lambda f: subspace(0), 'm is')])
+def test_parameters_out_of_range(call, word):
+    with pytest.raises(ValueError, match=word): call([torch.ones(2)])
+
+
 # --- judged by others ---
 
 @given(gradients, gradients, st.integers(-3, 3))
@@ -164,6 +303,42 @@ def test_symmetric_is_pcgrad_of_torchjd(f, r, exponent):
     r = scaled(r, exponent)
     theirs = PCGrad()(torch.stack([flat(f), flat(r)]))
     torch.testing.assert_close(flat(symmetric(f, r)), theirs, rtol=0, atol=1e-5 * (size(f) + size(r)))
+
+
+@given(gradients, gradients, st.integers(-3, 3))
+def test_per_tensor_is_pcgrad_of_torchjd_on_each_tensor(f, r, exponent):
+    r = scaled(r, exponent)
+    for d, x, y in zip(per_tensor(f, r), f, r, strict=True):
+        if min(size([x]), size([y])) < .01 * min(1., 10.**exponent): continue
+        theirs = PCGrad()(torch.stack([flat([x]), flat([y])]))
+        torch.testing.assert_close(flat([d]), theirs, rtol=0, atol=1e-5 * (size([x]) + size([y])))
+
+
+@given(gradients, gradients, st.integers(-3, 3), st.floats(0, .9))
+def test_vaccine_is_gradvac_of_torchjd_with_that_target(f, r, exponent, rho):
+    "Their target is a running mean. A first pair with the cosine rho sets it, and then it is kept."
+    assume(size(f) > .01 and size(r) > .01 and abs(cosine(f, r)) < .9999)
+    r = scaled(r, exponent)
+    theirs = GradVac(beta=1., eps=0.)
+    theirs(torch.tensor([[1., 0.], [rho, math.sqrt(1 - rho**2)]], dtype=torch.float64))
+    theirs.beta = 0.
+    torch.testing.assert_close(flat(vaccine(f, r, rho)), theirs(torch.stack([flat(f), flat(r)])), rtol=0, atol=3e-5 * (size(f) + size(r)) / math.sqrt(1 - rho**2))
+
+
+@given(gradients, gradients, st.integers(-2, 2), st.floats(.05, .95))
+def test_cagrad_solves_its_problem(f, r, exponent, c):
+    "No direction of the ball |d - g_0| <= c |g_0| is better for the worse-off; candidates: the dual's, for 2001 mixtures, and random ones."
+    assume(size(f) > .1 and size(r) > .1 and abs(cosine(f, r)) < .99)
+    F, R = flat(f), flat(r) * 10.**exponent
+    d, g_0 = flat(cagrad(f, scaled(r, exponent), c)) / 2, (F + R) / 2
+    g_w = torch.lerp(R, F, torch.linspace(0, 1, 2001, dtype=torch.float64)[:, None])
+    others = torch.cat([g_w, torch.randn(500, len(F), dtype=torch.float64, generator=torch.Generator().manual_seed(0))])
+    candidates = g_0 + c * g_0.norm() * others / others.norm(dim=1, keepdim=True)
+    best = torch.minimum(candidates @ F, candidates @ R).max().item()
+    unit = F.norm() * R.norm() + g_0.norm() * (F.norm() + R.norm())
+    assert (d - g_0).norm() <= c * g_0.norm() * (1 + 1e-4) + 1e-6
+    assert torch.minimum(d @ F, d @ R).item() >= best - 1e-4 * unit
+    assert d @ g_0 >= (1 - c) * g_0 @ g_0 - 1e-5 * unit        # its own promise: the mean of both never gets worse
 
 
 @given(gradients, gradients)
@@ -191,9 +366,25 @@ def test_cosine_is_the_cosine(f, r, i, j):
 # --- choosing ---
 
 def test_get_by_name_or_callable():
-    for name in ('plain', 'one_sided', 'symmetric'): assert get(name) is getattr(surgery, name)
+    for name in ('plain', 'one_sided', 'symmetric', 'per_tensor', 'vaccine', 'cagrad'): assert get(name) is getattr(surgery, name)
     own = lambda g_forget, g_retain: g_forget
     assert get(own) is own
+
+
+def test_get_makes_a_fresh_subspace():
+    f, r = [torch.tensor([0., 1.])], [torch.tensor([-1., 0.])]
+    used = get('subspace')
+    used(f, [torch.tensor([0., -1.])])
+    assert get('subspace') is not used and get(subspace).__name__ == 'subspace(m=8)'
+    assert get('subspace')(f, r)[0].tolist() == [-1., 1.] and used(f, r)[0].tolist() == [-1., 0.]
+
+
+def test_names_for_the_card():
+    "A rule with parameters says so by name, and still does when a run's settings are copied."
+    rule = partial(vaccine, rho=.5)
+    assert get(rule) is rule and rule.__name__ == 'vaccine(rho=0.5)' == deepcopy(rule).__name__
+    assert subspace(m=3).__name__ == 'subspace(m=3)'
+    assert all(get(name).__name__.startswith(name) for name in RULES)
 
 
 @pytest.mark.parametrize('wrong', ['pcgrad', '', None, 1, ['plain'], {}])
@@ -201,4 +392,4 @@ def test_get_names_the_value_and_the_choices(wrong):
     with pytest.raises(ValueError) as error: get(wrong)
     message = str(error.value)
     assert repr(wrong) in message and '\n' not in message
-    assert all(name in message for name in ('plain', 'one_sided', 'symmetric'))
+    assert all(name in message for name in RULES)

@@ -1,12 +1,25 @@
-"Surrogates: outside the mask nothing changes, inside another seed is another face."
+"Surrogates: one signature; outside the mask nothing changes, inside each edit does what it says; `check` says how far."
+import json
+import math
+from dataclasses import FrozenInstanceError, replace
+from functools import lru_cache
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import torch
+from diffusers import DDPMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch.testing import assert_close
 
-from test_denoiser import every_prediction, tiny
-from unlearn_nb.surrogates import ellipse, inpaint
+from test_denoiser import every_prediction, tiny, tiny_net
+from unlearn_nb import faces
+from unlearn_nb.denoiser import Denoiser, generators, randn
+from unlearn_nb.faces import draw, face_descriptor, sample_identity, sample_scene, to_tensor
+from unlearn_nb.surrogates import (attribute, check, compose, direction, ellipse, face_part, inpaint, instruct, invert, moved, neighbour, polygon, propose, read_mask,
+    rectangle, sdedit)
 from unlearn_nb.zoo import load
 
 
@@ -21,6 +34,76 @@ def half(size=8):
 
 
 def array(image): return np.asarray(image).astype(int)
+def rmse(a, b): return (to_tensor([a]) - to_tensor([b])).square().mean().sqrt().item()
+def psnr(a, b): return -20*math.log10(rmse(a, b)/2)
+
+
+@lru_cache
+def trained(): return load('faces', device='cpu')
+
+
+class Believer(Denoiser):
+    "A denoiser whose net is a formula; it keeps what it was asked."
+    def __init__(self, belief, size=32, **config):
+        super().__init__(tiny_net(size=size), DDPMScheduler(**config))
+        self.belief, self.seen = belief, []
+
+    def predict(self, x_t, t):
+        self.seen.append((int(t), x_t))
+        return self.belief(x_t, self.abar[int(t)])
+
+
+# --- the one signature ---
+
+EDITS = {
+    'inpaint': lambda image, mask, seed: inpaint(tiny(), image, mask=mask, seed=seed, steps=3),
+    'inpaint with jumps': lambda image, mask, seed: inpaint(tiny(), image, mask=mask, seed=seed, steps=3, resample=2),
+    'sdedit': lambda image, mask, seed: sdedit(tiny(), image, mask=mask, seed=seed, t=600, steps=3),
+    'attribute': lambda image, mask, seed: attribute(tiny(), image, mask=mask, seed=seed, along=direction(tiny(), [noise(7)], [noise(8)], steps=3), strength=9.),
+    'compose': lambda image, mask, seed: compose(None, image, mask=mask, seed=seed, source=noise(9)),
+    'neighbour': lambda image, mask, seed: neighbour(None, image, mask=mask, seed=seed, among=[noise(k) for k in range(20, 26)]),
+    'instruct': lambda image, mask, seed: instruct(Painter(), image, mask=mask, seed=seed, prompt='another'),
+}
+RANDOM = ('inpaint', 'inpaint with jumps', 'sdedit', 'neighbour', 'instruct')
+every_edit = pytest.mark.parametrize('name', EDITS)
+
+
+class Painter:
+    "What `instruct` asks of a pipeline, and nothing else; keeps what it was asked."
+    def __init__(self, size=None): self.size, self.asked = size, None
+
+    def __call__(self, *, prompt, image, generator, **kw):
+        self.asked = dict(prompt=prompt, image=image, **kw)
+        x = torch.rand((image.height, image.width, 3), generator=generator)
+        picture = Image.fromarray((x*255).byte().numpy())
+        return SimpleNamespace(images=[picture.resize(self.size) if self.size else picture, None])
+
+
+@every_edit
+@given(picture=st.integers(0, 99), seed=st.integers(0, 5), bits=st.lists(st.booleans(), min_size=64, max_size=64))
+@settings(max_examples=8)
+def test_what_a_mask_does_not_cover_stays_bit_for_bit(name, picture, seed, bits):
+    covered = np.array(bits).reshape(8, 8)
+    x = noise(picture)
+    y = EDITS[name](x, Image.fromarray(np.where(covered, 255, 0).astype(np.uint8)), seed)
+    assert (y.size, y.mode) == (x.size, x.mode) and np.array_equal(array(x)[~covered], array(y)[~covered])
+
+
+@every_edit
+def test_inside_the_mask_it_changes_and_a_seed_is_a_surrogate(name):
+    one, again, other = (EDITS[name](noise(), half(), seed) for seed in (1, 1, 2))
+    assert one.tobytes() == again.tobytes() and (array(one) != array(noise()))[:, 4:].mean() > .5
+    assert (one.tobytes() != other.tobytes()) == (name in RANDOM)
+
+
+@every_edit
+def test_the_mode_of_a_mask_does_not_matter(name):
+    assert len({EDITS[name](noise(), half().convert(mode), 1).tobytes() for mode in ('1', 'L', 'RGB')}) == 1
+
+
+@every_edit
+def test_a_mask_of_another_size_is_refused(name):
+    with pytest.raises(ValueError, match='the mask is 9 x 8 pixels, the image 8 x 8'): EDITS[name](noise(), Image.new('L', (9, 8)), 0)
 
 
 # --- inpaint ---
@@ -31,15 +114,6 @@ def test_outside_the_mask_not_a_pixel_changes(prediction):
     y = inpaint(d, x, mask=half(), steps=4)
     assert y.size == x.size and y.mode == 'RGB'
     assert np.array_equal(array(x)[:, :4], array(y)[:, :4]) and (array(x)[:, 4:] != array(y)[:, 4:]).mean() > .5
-
-
-@given(seed=st.integers(0, 2**40), picture=st.integers(0, 99), bits=st.lists(st.booleans(), min_size=64, max_size=64))
-@settings(max_examples=20)
-def test_any_mask_keeps_what_it_does_not_cover(seed, picture, bits):
-    covered = np.array(bits).reshape(8, 8)
-    x = noise(picture)
-    y = inpaint(tiny(), x, mask=Image.fromarray(np.where(covered, 255, 0).astype(np.uint8)), seed=seed, steps=2)
-    assert np.array_equal(array(x)[~covered], array(y)[~covered])
 
 
 def test_an_empty_mask_changes_nothing_and_a_full_one_forgets_the_picture():
@@ -65,27 +139,83 @@ def test_the_picture_around_the_mask_decides_too():
     assert (array(a) != array(b))[:, 4:].any()
 
 
-def test_grey_models_and_masks_of_other_modes():
+def test_grey_models():
     y = inpaint(tiny(channels=1), noise(mode='L'), mask=half().convert('1'), steps=2)
     assert y.mode == 'L' and np.array_equal(array(y)[:, :4], array(noise(mode='L'))[:, :4])
-    by_mode = {inpaint(tiny(), noise(), mask=half().convert(m), steps=2).tobytes() for m in ('1', 'L', 'RGB')}
-    assert len(by_mode) == 1
+
+
+def test_without_jumps_it_is_the_plain_loop():
+    "What hotfixes were made with must stay what it is: the same random numbers in the same order."
+    d, x, g = tiny('v_prediction'), noise(), generators([5])
+    m = torch.from_numpy(array(half())).float()/255
+    x_t, times = randn(g, d.shape), d.times(999, 6).tolist()
+    with torch.no_grad():
+        for t, t_next in zip(times, times[1:] + [-1]):
+            x_t = d.step(x_t, d.predict(x_t, t), t, t_next, 1., randn(g, d.shape))
+            eps = randn(g, d.shape)
+            x_t = m*x_t + (1 - m)*(d.noise(d.encode([x]), eps, torch.tensor([t_next])) if t_next >= 0 else d.encode([x]))
+    assert inpaint(d, x, mask=half(), seed=5, steps=6).tobytes() == d.decode(x_t)[0].tobytes()
+
+
+@pytest.mark.parametrize('resample', [1, 2, 4])
+def test_at_every_level_the_state_has_the_noise_of_that_level(resample):
+    "If the net believes in the image itself, then x_t ~ N(a x0, s^2) in every step and after every jump, inside the mask and outside."
+    x = Image.new('RGB', (32, 32), (166, 166, 166))
+    d = Believer(lambda x_t, abar: torch.full_like(x_t, 166/127.5 - 1))
+    y = inpaint(d, x, mask=half(32), steps=10, resample=resample)
+    assert abs(array(y) - array(x)).max() <= 1
+    assert [t for t, _ in d.seen] == [t for t in d.times(999, 10).tolist() for _ in range(resample if t != d.times(999, 10)[-1] else 1)]
+    for t, x_t in d.seen:
+        a, s = (v.item() for v in d.scales(torch.tensor([t])))
+        for part in (x_t[..., :16], x_t[..., 16:]):
+            assert part.mean().item() == pytest.approx(a*(166/127.5 - 1), abs=.12*s) and part.std().item() == pytest.approx(s, rel=.08)
+
+
+def test_jumps_make_the_halves_agree():
+    "With the trained model: with the left half known, jumps bring the right half nearer to the person."
+    d = trained()
+    x, = d.decode(d.sample([100], steps=10))
+    whole = face_descriptor()(to_tensor([x]))[0]
+    alike = [(face_descriptor()(to_tensor([inpaint(d, x, mask=half(32), seed=s, steps=10, resample=r) for s in range(4)])) @ whole).mean() for r in (1, 4)]
+    assert alike[1] > alike[0]
 
 
 @pytest.mark.parametrize('act, words', [
-    (lambda: inpaint(tiny(), noise(), mask=Image.new('L', (9, 8)), steps=2), 'the mask is 9 x 8 pixels, the image 8 x 8'),
     (lambda: inpaint(tiny(), noise(size=9), steps=2), 'the image is 9 x 9 pixels, but this model makes 8 x 8'),
     (lambda: inpaint(tiny(), noise(), seed=-1, steps=2), 'seed -1 is no seed'),
     (lambda: inpaint(tiny(), noise(), steps=0), 'steps = 0'),
+    (lambda: inpaint(tiny(), noise(), resample=0), 'resample = 0'),
+    (lambda: sdedit(tiny(), noise(), t=1000), 'level t = 1000 does not exist'),
+    (lambda: sdedit(tiny(), noise(), t=-1), 'level t = -1 does not exist'),
+    (lambda: attribute(tiny(), noise(), along=torch.zeros(3, 5, 4, 4)), 'this direction is [5, 4, 4] at each level, the bottleneck [16, 4, 4]'),
+    (lambda: attribute(tiny(), noise(), along=torch.zeros(3)), 'this direction is [] at each level'),
+    (lambda: direction(headless(), [noise()], [noise(1)]), 'has no mid_block'),
+    (lambda: compose(None, noise(), source=noise(size=9)), 'the source is 9 x 9 pixels, the image 8 x 8'),
+    (lambda: neighbour(None, noise(), among=[]), 'no neighbour number 0: of 0 pictures'),
+    (lambda: neighbour(None, noise(), among=[noise(), noise(size=9)]), 'no neighbour number 0: of 2 pictures 0 are'),
+    (lambda: neighbour(None, noise(), seed=2, among=[noise(1), noise(2)]), 'no neighbour number 2: of 2 pictures 2 are'),
+    (lambda: check(noise(), noise(size=9)), 'the surrogate is 9 x 9 pixels, the forget image 8 x 8'),
+    (lambda: check(noise(), noise(1), mask=half(9)), 'the mask is 9 x 9 pixels, the image 8 x 8'),
+    (lambda: ellipse(8, (.5, .5, .5, .9)), 'covers nothing'),
+    (lambda: rectangle(8, (0, .9, 1, .1)), 'covers nothing'),
+    (lambda: rectangle(8, (0, 1)), 'covers nothing'),
+    (lambda: rectangle(8, feather=-.1), 'feather = -0.1 is below 0'),
+    (lambda: polygon(8, [(0, 0), (1, 1)]), '2 points enclose nothing'),
+    (lambda: face_part(sample_identity(1), sample_scene(1), 'chin'), "no part 'chin'"),
+    (lambda: face_part(sample_identity(1), sample_scene(1), ()), 'no parts'),
+    (lambda: read_mask('nowhere.png', 8), "no file 'nowhere.png'"),
 ])
 def test_errors(act, words):
     with pytest.raises(ValueError) as e: act()
     assert words in str(e.value) and '\n' not in str(e.value)
 
 
+def headless(): return Denoiser(tiny_net(mid_block_type=None), DDPMScheduler())
+
+
 def test_the_built_in_model_paints_into_its_own_pictures():
     "With the trained model: the corners stay, the middle becomes another one's."
-    d = load('faces', device='cpu')
+    d = trained()
     x, = d.decode(d.sample([100], steps=10))
     m = np.asarray(ellipse(32))
     one, other = (array(inpaint(d, x, seed=s, steps=10)) for s in (1, 2))
@@ -93,7 +223,215 @@ def test_the_built_in_model_paints_into_its_own_pictures():
     assert abs(one - other)[m == 255].mean() > 3
 
 
-# --- ellipse ---
+@pytest.mark.parametrize('limit', [-1., .3, 1.])
+def test_propose_takes_the_nearest_that_is_somebody_else(limit):
+    d = trained()
+    x, = d.decode(d.sample([100], steps=5))
+    images = [inpaint(d, x, seed=s, steps=5) for s in range(4)]
+    alike = (face_descriptor()(to_tensor(images)) @ face_descriptor()(to_tensor([x]))[0]).tolist()
+    allowed = [k for k in range(4) if alike[k] <= limit]
+    best = min(allowed, key=lambda k: rmse(images[k], x)) if allowed else int(np.argmin(alike))
+    assert propose(d, x, seeds=range(4), steps=5, limit=limit).tobytes() == images[best].tobytes()
+
+
+# --- sdedit ---
+
+def test_sdedit_starts_from_the_noised_image():
+    d = Believer(lambda x_t, abar: torch.zeros_like(x_t), size=8)
+    sdedit(d, noise(), seed=3, t=400, steps=4)
+    assert [t for t, _ in d.seen] == d.times(400, 4).tolist()
+    assert_close(d.seen[0][1], d.noise(d.encode([noise()]), randn(generators([3]), d.shape), torch.tensor([400])))
+
+
+def test_the_level_is_the_size_of_the_edit():
+    d = trained()
+    x, = d.decode(d.sample([100], steps=10))
+    far = [np.mean([rmse(x, sdedit(d, x, seed=s, t=t, steps=10)) for s in range(3)]) for t in (0, 100, 400, 800)]
+    assert far == sorted(far) and far[0] < .03 and far[-1] > .3
+
+
+# --- attribute ---
+
+@given(spread=st.floats(.3, 2), steps=st.integers(10, 40), seed=st.integers(0, 99))
+@settings(max_examples=10)
+def test_inversion_undoes_sampling_where_the_path_is_known(spread, steps, seed):
+    "For data N(0, spread^2) the best belief is linear in x_t; the fixed point must then be exact."
+    d = Believer(lambda x_t, abar: abar.sqrt()*spread**2/(abar*spread**2 + 1 - abar)*x_t, size=8, clip_sample=False)
+    x = randn(generators([seed]), d.shape)
+    found = invert(d, x, steps, rounds=60)
+    *_, (_, end) = d.path(found, 999, steps, None)
+    assert_close(end, x, atol=1e-3, rtol=1e-3)
+
+
+def test_strength_zero_gives_the_image_back():
+    "The trained model, an image of its own and a drawn one; more rounds, nearer."
+    d = trained()
+    own, drawn = d.decode(d.sample([100], steps=15))[0], draw(sample_identity(51), sample_scene(51))
+    for x in (own, drawn): assert psnr(attribute(d, x, along=torch.zeros(15, 96, 4, 4), strength=0.), x) > 33
+    *_, (_, once) = d.path(invert(d, d.encode([own]), 15, rounds=1), 999, 15, None)
+    assert psnr(d.decode(once)[0], own) < 30
+
+
+def test_a_direction_is_the_difference_of_mean_activations():
+    d = tiny()
+    plus, minus = [noise(1), noise(2)], [noise(3), noise(4)]
+    along = direction(d, plus, minus, seed=6, steps=5)
+    seen = []
+    handle = d.net.mid_block.register_forward_hook(lambda module, inputs, out: seen.append(out))
+    t = torch.full((2,), 599)
+    with torch.no_grad():
+        for images in (plus, minus): d(d.noise(d.encode(images), randn(generators([6, 7]), d.shape), t), t)
+    handle.remove()
+    assert d.times(999, 5).tolist()[2] == 599 and len(along) == 5
+    assert_close(along[2], seen[0].mean(0) - seen[1].mean(0))
+    assert_close(direction(d, minus, plus, seed=6, steps=5), -along)
+    assert not direction(d, plus, plus, steps=2).any()
+
+
+def test_no_hook_is_left_behind():
+    d = tiny()
+    before, net_hooks = inpaint(d, noise(), steps=2).tobytes(), lambda: sum(len(m._forward_hooks) for m in d.net.modules())
+    attribute(d, noise(), along=torch.ones(2, 16, 4, 4), strength=50.)
+    assert not net_hooks()
+    with pytest.raises(ValueError): attribute(d, noise(), along=torch.ones(2, 16, 5, 4))
+    assert not net_hooks() and inpaint(d, noise(), steps=2).tobytes() == before
+
+
+def test_a_hair_direction_moves_hair():
+    "Exact pairs of drawn faces give the direction; other faces, whose true edit is known, go towards the truth, and with the opposite sign they do not."
+    d, steps = trained(), 10
+    def pairs(seeds): return [[draw(replace(sample_identity(k), hair_style=h), sample_scene(k)) for k in seeds] for h in ('crop', 'long')]
+    along = direction(d, *pairs(range(20_000_000, 20_000_006)), steps=steps)
+    short, long = map(d.encode, pairs(range(20_000_100, 20_000_104)))
+    with torch.no_grad():
+        noise = invert(d, long, steps)
+        *_, (_, still) = d.path(noise, 999, steps, None)
+        share = [(((moved(d, noise, along, s) - still)*(short - long)).flatten(1).sum(1)/(short - long).square().flatten(1).sum(1)).mean() for s in (2., 0., -2.)]
+    assert share[0] > .2 and abs(share[1]) < 1e-3 and share[2] < .1
+
+
+# --- compose, neighbour, instruct ---
+
+@given(st.integers(0, 99), st.integers(100, 199), st.integers(0, 255))
+@settings(max_examples=20)
+def test_compose_blends(a, b, grey):
+    x, source, m = noise(a), noise(b), Image.new('L', (8, 8), grey)
+    y = array(compose(None, x, mask=m, source=source))
+    assert abs(y - (array(x) + grey/255*(array(source) - array(x)))).max() <= 1
+
+
+def test_compose_covers_the_face_by_default():
+    y, m = array(compose(None, noise(size=32), source=noise(1, size=32))), np.asarray(ellipse(32))
+    assert np.array_equal(y[m == 255], array(noise(1, size=32))[m == 255]) and np.array_equal(y[m == 0], array(noise(size=32))[m == 0])
+
+
+@given(st.lists(st.integers(0, 30), min_size=1, max_size=12), st.data())
+@settings(max_examples=25)
+def test_neighbours_come_in_the_order_of_their_distance_and_never_the_image_itself(pool, data):
+    x, others = noise(), [noise(k) for k in pool if k != 0]
+    if not others: return
+    distance = sorted(rmse(x, y) for y in others)
+    seed = data.draw(st.integers(0, len(others) - 1))
+    found = neighbour(None, x, seed=seed, among=[noise(k) for k in pool])
+    assert found.tobytes() != x.tobytes() and rmse(x, found) == pytest.approx(distance[seed])
+
+
+def test_nearest_by_descriptor():
+    x, *others = [draw(sample_identity(k), sample_scene(k)) for k in range(30, 42)]
+    same = draw(sample_identity(30), sample_scene(77))
+    assert neighbour(None, x, among=[*others, same], describe=face_descriptor()).tobytes() == same.tobytes()
+    assert neighbour(None, x, among=[*others, same]).tobytes() == min([*others, same], key=lambda y: rmse(x, y)).tobytes()
+
+
+def test_instruct_hands_on_what_it_is_given_and_brings_the_size_back():
+    pipeline = Painter(size=(5, 11))
+    y = instruct(pipeline, noise(mode='L', size=9), prompt='other hair', seed=4, size=16, strength=.5)
+    assert (y.size, y.mode) == ((9, 9), 'L')
+    assert pipeline.asked.pop('image').size == (16, 16) and pipeline.asked == dict(prompt='other hair', strength=.5)
+
+
+def tiny_pipeline(kind, folder):
+    "A real pipeline of diffusers for text-guided editing, with random weights and a vocabulary of letters."
+    diffusers, transformers = pytest.importorskip('diffusers'), pytest.importorskip('transformers')
+    letters = 'abcdefghijklmnopqrstuvwxyz'
+    words = [*letters, *(c + '</w>' for c in letters), '<|startoftext|>', '<|endoftext|>']
+    (folder/'vocab.json').write_text(json.dumps({w: k for k, w in enumerate(words)}))
+    (folder/'merges.txt').write_text('#version: 0.2\n')
+    text = transformers.CLIPTextConfig(vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, max_position_embeddings=16,
+        bos_token_id=len(words) - 2, eos_token_id=len(words) - 1, pad_token_id=len(words) - 1)
+    channels = {'StableDiffusionImg2ImgPipeline': 4, 'StableDiffusionInstructPix2PixPipeline': 8}[kind]
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipeline = getattr(diffusers, kind)(
+            vae=diffusers.AutoencoderKL(block_out_channels=(8, 8), down_block_types=('DownEncoderBlock2D',)*2, up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, norm_num_groups=4),
+            text_encoder=transformers.CLIPTextModel(text).eval(), tokenizer=transformers.CLIPTokenizer(str(folder/'vocab.json'), str(folder/'merges.txt'), model_max_length=16),
+            unet=diffusers.UNet2DConditionModel(block_out_channels=(8, 16), layers_per_block=1, sample_size=8, in_channels=channels, out_channels=4, down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'),
+                up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'), cross_attention_dim=16, norm_num_groups=4, attention_head_dim=2),
+            scheduler=diffusers.DDIMScheduler(clip_sample=False, steps_offset=1), safety_checker=None, feature_extractor=None, requires_safety_checker=False)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.mark.parametrize('kind', ['StableDiffusionImg2ImgPipeline', 'StableDiffusionInstructPix2PixPipeline'])
+def test_instruct_runs_real_pipelines(kind, tmp_path):
+    pipeline, x = tiny_pipeline(kind, tmp_path), noise(size=33)   # such a pipeline makes 32 x 32 of it
+    def edit(**kw): return instruct(pipeline, x, **dict(prompt='add glasses', seed=1, num_inference_steps=3) | kw)
+    y = edit()
+    assert (y.size, y.mode) == (x.size, 'RGB') and y.tobytes() == edit().tobytes()
+    assert y.tobytes() != edit(seed=2).tobytes() and y.tobytes() != edit(size=64).tobytes()
+    covered = np.asarray(rectangle(33, (.2, .2, .8, .8))) > 0
+    masked = edit(mask=rectangle(33, (.2, .2, .8, .8)))
+    assert np.array_equal(array(masked)[~covered], array(x)[~covered]) and (array(masked) != array(x))[covered].mean() > .5
+
+
+# --- check ---
+
+def test_nothing_changed_is_too_weak():
+    x = draw(sample_identity(3), sample_scene(3))
+    c = check(x, x)
+    assert (c.rmse, c.background) == (0, math.inf) and c.similarity == pytest.approx(1) and not array(c.heat).any()
+    assert len(c.warnings) == 1 and 'too alike to forget' in c.warnings[0]
+
+
+def test_another_person_before_the_same_wall_is_fine_and_another_picture_is_too_much():
+    x = draw(sample_identity(3), sample_scene(3))
+    who = draw(replace(sample_identity(9), hair_style='crop'), sample_scene(3))
+    assert not check(x, Image.composite(who, x, ellipse(32))).warnings
+    other = check(x, draw(sample_identity(9), sample_scene(10)))
+    assert any('background' in w for w in other.warnings) and any('rmse' in w for w in check(x, Image.eval(x, lambda v: 255 - v)).warnings)
+
+
+@given(a=st.integers(0, 99), b=st.integers(100, 199), bits=st.lists(st.booleans(), min_size=64, max_size=64))
+@settings(max_examples=25)
+def test_check_measures_what_it_says(a, b, bits):
+    allowed = np.array(bits).reshape(8, 8)
+    x, y = noise(a), noise(b)
+    c = check(x, y, mask=Image.fromarray(np.where(allowed, 255, 0).astype(np.uint8)))
+    d = (array(x) - array(y))/127.5
+    assert c.rmse == pytest.approx(np.sqrt((d**2).mean()), rel=1e-5) and c.rmse == check(y, x).rmse
+    assert c.background == (pytest.approx(10*np.log10(4/(d[~allowed]**2).mean()), rel=1e-5) if (~allowed).any() else math.inf)
+    assert c.similarity == pytest.approx((face_descriptor()(to_tensor([x])) @ face_descriptor()(to_tensor([y])).T).item(), abs=1e-5)
+
+
+def test_limits_and_descriptor_can_be_given():
+    x, y = noise(1), noise(2)
+    c = check(x, y, mask=Image.new('L', (8, 8), 255), describe=lambda x: x.flatten(1))
+    a, b = to_tensor([x, y]).flatten(1)
+    assert c.similarity == pytest.approx((a @ b/a.norm()/b.norm()).item(), abs=1e-5) and c.background == math.inf
+    def words(**kw): return [w.split()[0] for w in check(x, y, **kw).warnings]
+    assert words(alike=1, large=9, quiet=0) == [] and words(alike=-1, large=0, quiet=99) == ['similarity', 'rmse', 'the']
+
+
+def test_the_heat_is_where_they_differ():
+    x = noise(size=32)
+    y = compose(None, x, mask=rectangle(32, (.25, .25, .75, .75), feather=0.), source=Image.eval(x, lambda v: 255 - v))
+    c = check(x, y)
+    hot = array(c.heat).any(-1)
+    assert c.heat.size == x.size and hot[8:24, 8:24].mean() > .95 and not hot[:8].any() and not hot[:, 25:].any()
+    with pytest.raises(FrozenInstanceError): c.rmse = 0.
+
+
+# --- masks ---
 
 @given(st.integers(8, 300), st.floats(0, .06))
 @settings(max_examples=25)
@@ -111,3 +449,44 @@ def test_box_and_feather():
     def soft(m): return ((array(m) > 20) & (array(m) < 235)).sum()
     assert soft(ellipse(64, feather=.08)) > 2*soft(ellipse(64, feather=0.))
     assert array(ellipse(64, box=(.25, .25, .75, .75), feather=0.)).sum()/255/64**2 == pytest.approx(np.pi/16, rel=.05)   # the area of the ellipse itself
+
+
+@given(st.tuples(st.integers(8, 80), st.integers(8, 80)), st.floats(0, .4), st.floats(.6, 1), st.floats(0, .4), st.floats(.6, 1), st.sampled_from([0., .03]))
+@settings(max_examples=25)
+def test_a_polygon_of_four_corners_is_the_rectangle(size, left, right, top, bottom, feather):
+    m = rectangle(size, (left, top, right, bottom), feather)
+    p = polygon(size, [(left, top), (right, top), (right, bottom), (left, bottom)], feather)
+    assert m.size == p.size == size and m.mode == p.mode == 'L' and m.getpixel((size[0]//2, size[1]//2)) == 255
+    assert abs(array(m) - array(p)).max() <= 80   # an edge rounded to one of four sub-pixels
+    assert array(m).mean()/255 == pytest.approx((right - left)*(bottom - top), abs=.1)
+
+
+def test_a_triangle_has_half_the_area_of_its_box():
+    assert array(polygon(64, [(.2, .8), (.8, .8), (.5, .2)])).mean()/255 == pytest.approx(.18, abs=.01)
+
+
+@pytest.mark.parametrize('size, stored', [(32, 32), (32, 200), (64, 32), ((24, 48), 96)])
+def test_a_mask_file_is_read_as_it_was_painted(size, stored, tmp_path):
+    width, height = (size, size) if isinstance(size, int) else size
+    rectangle((stored*width//max(width, height), stored*height//max(width, height)), (.25, .25, .75, .75), feather=0.).save(tmp_path/'mask.png')
+    m = read_mask(tmp_path/'mask.png', size)
+    assert m.mode == 'L' and abs(array(m) - array(rectangle(size, (.25, .25, .75, .75), feather=0.))).mean() < 10
+    softer = array(read_mask(tmp_path/'mask.png', size, feather=.08))
+    assert len(np.unique(softer)) > len(np.unique(array(m))) and softer.mean() == pytest.approx(array(m).mean(), rel=.1)
+
+
+def test_a_dark_mask_file_is_refused(tmp_path):
+    Image.new('RGB', (9, 9), (60, 60, 60)).save(tmp_path/'dark.png')
+    with pytest.raises(ValueError, match='dark everywhere'): read_mask(tmp_path/'dark.png', 8)
+
+
+@given(who=st.integers(0, 10**6), scene=st.integers(0, 10**6), part=st.sampled_from(['face', 'hair', 'eyes', 'mouth']), size=st.sampled_from([24, 32]))
+@settings(max_examples=10)
+def test_a_part_is_covered_whole_and_little_else(who, scene, part, size):
+    i, s = sample_identity(who), sample_scene(scene)
+    exact, m = array(faces.mask(i, s, size, part)), array(face_part(i, s, part, size))
+    assert (m[exact == 255] == 255).all() and (m[exact >= 128] >= 128).all()
+    near = np.asarray(Image.fromarray(exact.astype(np.uint8)).resize((size//4, size//4), Image.Resampling.BOX).resize((size, size), Image.Resampling.BICUBIC))
+    assert m.sum() <= 255*(near > 0).sum()
+    both = array(face_part(i, s, (part, 'nose'), size))
+    assert (both >= np.maximum(m, array(face_part(i, s, 'nose', size)))).all()

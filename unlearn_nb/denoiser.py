@@ -30,6 +30,7 @@ class Denoiser:
 
     def __init__(self, net, scheduler, *, name="custom", revision=None):
         self.net, self.scheduler, self.name, self.revision = net, scheduler, name, revision
+        self.hotfixes, self.base = [], {}   # the hotfixes that are on, in their order; base weights of what they changed
         n, c = net.config, scheduler.config
         if not hasattr(scheduler, "alphas_cumprod"):
             raise ValueError(f"{type(scheduler).__name__} has no alphas_cumprod; give a scheduler with DDPM noise levels, such as DDPMScheduler or DDIMScheduler")
