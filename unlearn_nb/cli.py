@@ -148,6 +148,7 @@ def train(data, size, minutes, out):
     train(world_images(24_000, size) if data == "faces" else folder_images(data, size), out, TrainConfig(minutes=minutes))
     click.echo(f"written to {out}")
 
+# %% ../nbs/16_cli.ipynb #7d0928a8
 @cli.command()
 @click.option("--model", help="'faces', a diffusers folder, or a hub id.  [default: faces; on CUDA a random net of the size of google/ddpm-celebahq-256]")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")

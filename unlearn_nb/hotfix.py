@@ -68,7 +68,6 @@ class Hotfix:
     "A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`: which base, which request, which settings."
 
     def __init__(self, delta, card): self.delta, self.card = delta, card
-
     @cached_property
     def id(self):
         "SHA-256 of the change as it is stored."
@@ -78,8 +77,7 @@ class Hotfix:
         "Add the change to the net, on top of the hotfixes that are on it. Refused (ValueError) for any net but one of the base it was made for."
         if any(h.id == self.id for h in denoiser.hotfixes): raise ValueError("this hotfix is already applied; remove it first")
         base, found = self.card["base"]["sha256"], fingerprint(denoiser, base=True)
-        if found != base:
-            raise ValueError(f"this hotfix was made for the base {self.card['base']['id']!r} with weights {base[:12]}, but the base weights of this model are {found[:12]}; load the base that it was made for")
+        if found != base: raise ValueError(f"this hotfix was made for the base {self.card['base']['id']!r} with weights {base[:12]}, but the base weights of this model are {found[:12]}; load the base that it was made for")
         weights = denoiser.net.state_dict()
         for k in changed(self.delta): denoiser.base.setdefault(k, weights[k].clone())
         denoiser.hotfixes.append(self)

@@ -12,7 +12,7 @@ import json
 import platform
 import time
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from math import cos, pi, sqrt
 from pathlib import Path
 
