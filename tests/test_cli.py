@@ -113,13 +113,17 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(args, says, tmp_path, caps
 
 
 def test_ctrl_c_leaves_nothing(tmp_path):
-    p = subprocess.Popen([sys.executable, "-c", "from unlearn_nb.cli import main; main()", "demo", "--steps", "1000", "--out", str(tmp_path/"o")], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    for line in p.stdout:
-        if line.startswith("2/4"): break
-    time.sleep(1)
-    assert list(tmp_path.iterdir())          # it is at work in a folder of another name
-    p.send_signal(signal.SIGINT)
-    assert p.wait(60) == 130
+    def listen(): signal.signal(signal.SIGINT, signal.SIG_DFL)   # a suite in the background may have it ignored
+    p = subprocess.Popen([sys.executable, "-c", "from unlearn_nb.cli import main; main()", "demo", "--steps", "1000", "--out", str(tmp_path/"o")],
+        stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, preexec_fn=listen)
+    try:
+        for line in p.stdout:
+            if line.startswith("2/4"): break
+        time.sleep(1)
+        assert list(tmp_path.iterdir())          # it is at work in a folder of another name
+        p.send_signal(signal.SIGINT)
+        assert p.wait(60) == 130
+    finally: p.kill()
     assert not list(tmp_path.iterdir())
 
 
