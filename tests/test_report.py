@@ -10,7 +10,7 @@ from unlearn_nb import report
 from unlearn_nb.hotfix import Hotfix, fingerprint
 from unlearn_nb.unlearn import Request, unlearn
 
-KEYS = dict(report=["schema", "passed", "rule", "base", "requests", "config", "forget", "preserve", "quality", "cost", "audit", "versions"],
+KEYS = dict(report=["schema", "passed", "rule", "base", "requests", "config", "forget", "earlier", "preserve", "quality", "cost", "audit", "versions"],
             base=["id", "revision", "sha256"], request=["forget_sha256", "surrogate_sha256", "seed", "prompt"],
             row=["t", "to_forget_before", "to_forget_after", "to_surrogate_after", "F"], preserve=["seeds", "psnr_median", "psnr_p5", "cosine_median", "cosine_p5"],
             quality=["kid_before", "kid_after"], cost=["steps", "seconds", "peak_memory_mb", "device"])
