@@ -90,7 +90,7 @@ def cli(): "Make a diffusion model forget one picture that no prompt can name, a
 @click.option("--out", type=click.Path(), default="unlearn_demo", show_default=True, help="Folder to write; must not exist or be empty.")
 @click.option("--steps", type=click.IntRange(min=1), help="Updates of the weights.  [default: see Config]")
 def demo(seed, out, steps):
-    "Forget one face of the built-in model and show that it is gone (about 90 seconds on 2 CPU cores)."
+    "Forget one face of the built-in model and show that it is gone (about 2 minutes on 2 CPU cores)."
     forget_one("faces", seed, None, None, steps, out)
 
 @cli.command()
