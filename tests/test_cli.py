@@ -91,7 +91,7 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
     ("forget --model faces --out {}/o", "--seed or --image"), ("forget --model faces --seed 1 --image a.png --out {}/o", "--seed or --image"),
     ("forget --model nobody --seed 1 --out {}/o", "nobody"), ("forget --model {} --seed 1 --out {}/o", "unet"),
     ("forget --model faces --image {}/none.png --out {}/o", "none.png"), ("forget --model faces --image {}/text.png --out {}/o", "text.png"),
-    ("forget --model faces --image {}/large.png --out {}/o", "64 x 64"), ("forget --model faces --image {}/right.png --surrogate {}/large.png --out {}/o", "64 x 64"),
+    ("forget --model faces --image {}/large.png --out {}/o", "64 x 64"), ("forget --model faces --image {}/right.png --surrogate {}/large.png --out {}/o", "surrogate is 64 x 64"),
     ("forget --model faces --seed 1 --out {}/full", "not an empty folder"), ("forget --model faces --seed 1 --out {}/text.png/o", "text.png"),
     ("forget --model faces --seed 1 --out {}/no/such/o", "no folder"), ("forget --model faces --seed 1", "--out"),
     ("sample --model faces --seeds 4:1 --out {}/o.png", "4:1"), ("sample --model faces --seeds -3 --out {}/o.png", "-3"), ("sample --model faces --out {}/o.gif", ".png"),

@@ -70,11 +70,11 @@ class Loop:
         if not torch.nn.utils.clip_grad_norm_(self.form.params, self.cfg.clip).isfinite(): raise FloatingPointError("the gradient is not finite; try a smaller lr")
         self.opt.step(), self.form.push()
 
-    def step(self, k=0):
+    def step(self, k=1):
         forget, retain = self.batches(k)
         g_f, g_r = self.gradient(forget, self.w_f), self.gradient(retain, self.w_r)
         surgery.products(g_f, g_r)   # for the log
-        self.move(self.project(g_f, g_r))
+        self.move((self.project if k else surgery.plain)(g_f, g_r))
 
 # %% ../nbs/17_bench.ipynb #81e0c633
 def autocast(denoiser, cfg):

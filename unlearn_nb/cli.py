@@ -22,7 +22,8 @@ def new_folder(out):
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ValueError(f"--out {str(out)!r} exists and is not an empty folder; give another name or empty it")
     if not out.parent.is_dir(): raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first")
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try: part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as e: raise ValueError(f"--out {str(out)!r} cannot be made ({e.strerror}); give a place in which you may write") from None
     part.chmod(0o755)
     try:
         yield part
@@ -46,16 +47,17 @@ def parse_seeds(text):
 
 # %% ../nbs/16_cli.ipynb #4cf4c131
 def with_hotfixes(model, folders, steps):
-    "(denoiser with the hotfixes of the folders on it, the requests behind them whose seeds are known)."
+    "(denoiser with the hotfixes of the folders on it, the requests behind them whose seeds are known, the number of those that a hotfix does not hold the picture of)."
     from unlearn_nb.hotfix import Hotfix
     from unlearn_nb.unlearn import Request
     from unlearn_nb.zoo import load
     fixes, denoiser = [Hotfix.load(folder) for folder in folders], load(model)
-    seeds = [r["seed"] for fix in fixes for r in fix.card.get("requests", []) if r["seed"] is not None]
+    earlier = [r["seed"] for fix in fixes for r in fix.card.get("requests", [])]
+    seeds = [seed for seed in earlier if seed is not None]
     def pictures(): return denoiser.decode(denoiser.sample(seeds, steps)) if seeds else []
     before = pictures()
     for fix in fixes: fix.apply(denoiser)
-    return denoiser, [Request(*r) for r in zip(before, pictures(), seeds)]
+    return denoiser, [Request(*r) for r in zip(before, pictures(), seeds)], len(earlier) - len(seeds)
 
 def forget_one(model, seed, image, surrogate, steps, out, rank=0, folders=(), checkpoint=None):
     "One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing."
@@ -64,10 +66,13 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=0, folders=(), ch
     from unlearn_nb.unlearn import Config, Request, default_retain, unlearn
     with new_folder(out) as folder:
         cfg = Config(rank=rank) if steps is None else Config(rank=rank, steps=steps)
-        denoiser, earlier = with_hotfixes(model, folders, cfg.sampling_steps)
+        denoiser, earlier, unknown = with_hotfixes(model, folders, cfg.sampling_steps)
+        if unknown: click.echo(f"note: {unknown} of the earlier requests came as a picture, which its hotfix does not hold: nothing here sees to it that it stays forgotten", err=True)
         click.echo(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
         x_f = read_image(image) if image else denoiser.decode(denoiser.sample([seed], cfg.sampling_steps))[0]
+        denoiser.encode([x_f])   # refuses a picture of another size
         x_s = read_image(surrogate) if surrogate else surrogates.propose(denoiser, x_f, steps=cfg.sampling_steps)
+        for warning in surrogates.check(x_f, x_s).warnings: click.echo(f"note: the surrogate: {warning}", err=True)
         request = Request(x_f, x_s, seed)
         click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
         others = default_retain(denoiser, [request], cfg)
@@ -166,7 +171,7 @@ def main(args=None):
     try: return cli(args, prog_name="unlearn_nb", standalone_mode=False)
     except click.Abort: message, code = "stopped; nothing was written but the --checkpoint file, if one was given: the same command goes on from there", 130
     except click.ClickException as e: message, code = e.format_message(), e.exit_code
-    except (ValueError, OSError) as e: message, code = str(e), 2
+    except (ValueError, OSError) as e: message, code = str(e).partition("] ")[2] or str(e), 2   # an OSError begins with its number, "[Errno 28] "
     except FloatingPointError as e: message, code = str(e), 1
     click.echo(f"unlearn_nb: {message}", err=True)
     raise SystemExit(code)

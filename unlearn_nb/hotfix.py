@@ -34,8 +34,9 @@ def write(path, data):
             f.flush()
             os.fsync(f.fileno())
         os.replace(part, path)
-    except BaseException:   # disk full, Ctrl-C
+    except BaseException as e:   # disk full, Ctrl-C
         part.unlink(missing_ok=True)
+        if isinstance(e, OSError): e.strerror = f"{str(path)!r} could not be written ({e.strerror}); what was there before is as it was; make room, or name another place, and give the same command again"
         raise
 
 # %% ../nbs/08_hotfix.ipynb #33d56e02

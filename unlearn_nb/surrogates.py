@@ -66,8 +66,9 @@ def face_part(identity, scene, parts=("face", "eyes", "brows", "nose", "mouth", 
     "A mask of parts of a drawn face, or of one part, by the names of `faces.mask` (default: all but hair and clothes)."
     names = (parts,) if isinstance(parts, str) else parts
     if not names: raise ValueError("no parts are named; give one or more, such as 'hair' or ('eyes', 'mouth')")
-    painted = reduce(ImageChops.lighter, (face_mask(identity, scene, 4 * size, name) for name in names))
-    return soften(painted, feather).point(lambda v: min(255, 4 * v))   # a quarter covered is covered
+    painted, whole = (reduce(ImageChops.lighter, (face_mask(identity, scene, side, name) for name in names)) for side in (4 * size, size))
+    soft = soften(painted, feather).point(lambda v: min(255, 4 * v))   # a quarter covered is covered
+    return ImageChops.lighter(soft, whole)                             # and slivers that the softening lost
 
 # %% ../nbs/04_surrogates.ipynb #35d9c438
 def fitting(mask, image):
@@ -82,7 +83,7 @@ def keep(image, edited, mask):
 
 # %% ../nbs/04_surrogates.ipynb #653d7e2e
 def repaint(denoiser, x0, m, x_t, start, gens, steps, resample=1):
-    """From x_t [1, C, H, W] at level start to a clean image: painted where m [1, 1, H, W] is 1, x0 where it is 0 (RePaint, algorithm 1).
+    """From x_t [B, C, H, W] at level start to clean images: painted where m [1, 1, H, W] is 1, x0 where it is 0 (RePaint, algorithm 1).
 
     resample: how often each step is made; before each time but the first, its result is noised back to where the step began."""
     def fresh(): return randn(gens, denoiser.shape, denoiser.device)
@@ -101,15 +102,20 @@ def encode_pair(denoiser, image, mask):
 
 # %% ../nbs/04_surrogates.ipynb #987ebe8a
 @torch.no_grad()
+def inpaintings(denoiser, image, mask, seeds, steps, resample=1):
+    "One `inpaint` per seed, all at once."
+    x0, m = encode_pair(denoiser, image, mask or ellipse(image.size))
+    gens = generators(seeds)
+    x_t = randn(gens, denoiser.shape, denoiser.device)
+    return denoiser.decode(repaint(denoiser, x0, m, x_t, denoiser.T - 1, gens, steps, resample))
+
+# %% ../nbs/04_surrogates.ipynb #1d0a77c2
 def inpaint(denoiser, image, *, mask=None, seed=0, steps=50, resample=1):
     """Let the model itself repaint what a mask covers; the rest stays (RePaint, Lugmayr et al. 2022).
 
     image: PIL, of the model's size. mask: PIL, 255 where to repaint (default: `ellipse`). Another seed gives another face. resample: how often each step is made."""
     if resample < 1: raise ValueError(f"resample = {resample} makes no step; give 1 or more")
-    x0, m = encode_pair(denoiser, image, mask or ellipse(image.size))
-    gens = generators([seed])
-    x_t = randn(gens, denoiser.shape, denoiser.device)
-    return denoiser.decode(repaint(denoiser, x0, m, x_t, denoiser.T - 1, gens, steps, resample))[0]
+    return inpaintings(denoiser, image, mask, [seed], steps, resample)[0]
 
 # %% ../nbs/04_surrogates.ipynb #b75d61e6
 @torch.no_grad()
@@ -251,7 +257,7 @@ def check(x_f, x_s, *, mask=None, describe=None, alike=.3, large=.35, quiet=30.)
 # %% ../nbs/04_surrogates.ipynb #047d3d71
 def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, limit=.15):
     "The `inpaint` of one of the seeds: nearest to the image in pixels among those with a face similarity of at most limit (if there is none, the least similar)."
-    images = [inpaint(denoiser, image, mask=mask, seed=k, steps=steps) for k in seeds]
+    images = inpaintings(denoiser, image, mask, seeds, steps)
     x = to_tensor([image, *images])
     similarity = (describe := face_descriptor()(x))[1:] @ describe[0]
     distance = (x[1:] - x[0]).square().flatten(1).mean(1)
