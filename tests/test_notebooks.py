@@ -75,8 +75,27 @@ def test_outputs_are_saved_and_good(path):
     code = cells(path, 'code')
     outputs = [o for c in code for o in c['outputs']]
     assert not [o for o in outputs if o['output_type'] == 'error'], 'a stored error'
-    assert not [o for o in outputs if o.get('name') == 'stderr'], 'stored warnings or progress'
+    assert not [o for o in outputs if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {})], 'stored warnings or progress'
     assert len(code) == 1 or outputs, 'run the notebook and save its outputs'
+
+
+@every_notebook
+def test_every_code_cell_that_shows_something_has_its_output(path):
+    "A cell that prints, plots or ends in an expression has something stored, or the notebook was not run as it is."
+    silent = []
+    for c in cells(path, 'code'):
+        s = source(c).strip()
+        if s.startswith('#|') or c['outputs']: continue
+        if re.search(r'\bplt\.subplots\(|^print\(', s, re.M): silent.append(s.split('\n', 1)[0])
+    assert not silent, f'run the notebook: {silent}'
+
+
+@every_notebook
+def test_what_it_took_is_near_the_top(path):
+    if path.stem == 'index': return
+    top = '\n'.join(source(c) for c in read(path)['cells'][:6] if c['cell_type'] == 'markdown')
+    took = re.findall(r'\*\*Measured\*\* on 2 CPU cores: (\d+) s, ([\d.]+) GB\.', top)
+    assert len(took) == 1 and int(took[0][0]) > 0 and float(took[0][1]) > 0, 'run: python tests/run_notebooks.py ' + path.name
 
 
 @every_notebook
