@@ -27,7 +27,7 @@ def run(path):
     for cell in notebook.cells:
         if cell.cell_type == 'markdown': cell.source = MEASURED.sub(took, cell.source)
         else: cell.outputs = [o for o in cell.outputs if o.get('name') != 'stderr' and VIEW not in o.get('data', {})]
-    path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
+    path.write_text(json.dumps(nbformat.v4.rwbase.split_lines(notebook), indent=1, ensure_ascii=False, sort_keys=True) + '\n', encoding='utf-8')
     subprocess.run([Path(sys.executable).parent/'nbdev_clean', '--fname', path], cwd=ROOT, check=True)
     print(path.name, took, flush=True)
 

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from test_denoiser import every_prediction, tiny, tiny_net
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.retain import States, draw, generate, moments, nearest, noised, whitening
+from unlearn_nb.retain import Moments, States, draw, generate, moments, nearest, noised, whitening
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -217,7 +217,7 @@ class Toy(nn.Module):
             self.wide = nn.Conv2d(5, 6, 2, dilation=2, padding=1)
             self.groups = nn.Conv2d(6, 6, 1, groups=2)
             self.tokens = nn.Linear(6, 3)
-            self.vector = nn.Linear(3, 2)
+            self.vector = nn.Linear(3, 3)
             self.idle = nn.Linear(3, 2)
         self.given = {}
 
@@ -225,11 +225,14 @@ class Toy(nn.Module):
         for name in ('conv', 'stride', 'wide', 'groups'): x = self.given[name] = getattr(self, name)(x)
         x = self.given['tokens'] = self.tokens(x.flatten(2).transpose(1, 2))
         self.given['vector'] = self.vector(x.mean(1))
-        return self.given['vector']
+        return self.given['vector'][..., None, None].expand(-1, -1, 6, 6)
 
 
 class ToyDenoiser(SimpleNamespace):
+    device = torch.device('cpu')
     def __call__(self, x_t, t): return self.net(x_t)
+    def snr(self, t): return 1/(1. + t)
+    def gain(self, t): return (2. + t).view(-1, 1, 1, 1)
 
 
 def toy(n=10):
@@ -240,104 +243,142 @@ def toy(n=10):
 def hooks(net): return sum(len(m._forward_pre_hooks) + len(m._forward_hooks) for m in net.modules())
 
 
+RAN = ('conv', 'stride', 'wide', 'tokens', 'vector')   # no groups, nothing that never ran
+
+
+def passing(net, x):
+    "What enters each layer when the net sees x, as [B, C, k, places] for convolutions (by a convolution with the identity as its kernel) and [N, C, 1, 1] for linear layers."
+    net(x)
+    entering = {'conv': x, 'stride': net.given['conv'], 'wide': net.given['stride'], 'tokens': net.given['groups'].flatten(2).transpose(1, 2), 'vector': net.given['tokens'].mean(1)}
+    for name, v in entering.items():
+        layer = getattr(net, name)
+        if isinstance(layer, nn.Conv2d):
+            K, C = layer.weight[0].numel(), layer.weight.shape[1]
+            v = nn.functional.conv2d(v, torch.eye(K).view(K, *layer.weight.shape[1:]), None, layer.stride, layer.padding, layer.dilation)
+            yield name, entering[name].double(), v.flatten(2).unflatten(1, (C, -1)).double()
+        else: yield name, v.reshape(-1, v.shape[-1], 1, 1).double(), v.reshape(-1, v.shape[-1], 1, 1).double()
+
+
 @pytest.mark.parametrize('n', [1, 8, 13])
-def test_moments_are_the_mean_over_patches_and_states(n):
-    "Brute force: a convolution with the identity as its kernel gives the patches themselves."
+def test_moments_are_those_of_what_passes(n):
+    "Brute force: all that enters, all patches, and the gradient of random errors for all that leaves, one state after another."
     d, retain = toy()
-    A, net, sums = moments(d, retain, n, seed=3), d.net, {}
-    assert set(A) == {f'{k}.weight' for k in ('conv', 'stride', 'wide', 'tokens', 'vector')}   # no groups, nothing that never ran
-    x_t, _, _ = draw(retain, n, gen(3))
-    for x in x_t:
-        net(x[None])
-        entering = {'conv': x[None], 'stride': net.given['conv'], 'wide': net.given['stride'], 'tokens': net.given['groups'].flatten(2).transpose(1, 2), 'vector': net.given['tokens'].mean(1)}
-        for name, v in entering.items():
-            layer = getattr(net, name)
-            if isinstance(layer, nn.Conv2d):
-                K = layer.weight[0].numel()
-                v = nn.functional.conv2d(v, torch.eye(K).view(K, *layer.weight.shape[1:]), None, layer.stride, layer.padding, layer.dilation).flatten(2).transpose(1, 2)
-            rows = v.reshape(-1, v.shape[-1]).double()
-            sums[name] = sums.get(name, 0) + rows.T @ rows/len(rows)
-    for name, total in sums.items(): assert_close(A[f'{name}.weight'], (total/n).float(), atol=1e-5, rtol=1e-4)
+    A, net, sums = moments(d, retain, lambda snr: 4*snr**2, n, seed=3), d.net, {}
+    assert set(A) == {f'{k}.weight' for k in RAN}
+    def add(key, a): sums[key] = sums.get(key, 0) + a
+    g = gen(3)
+    x_t, t, _ = draw(retain, n, g)
+    errors = torch.randn(n, 3, 6, 6, generator=g)
+    for x, level, u in zip(x_t, t, errors):
+        for name, whole, patches in passing(net, x[None]):
+            v = whole.movedim(1, -1).flatten(0, -2)
+            add((name, 'inputs'), v.T @ v)
+            add((name, 'places'), torch.einsum('bcil,bcjl->ij', patches, patches))
+        loss = (net(x[None])*u*2*d.snr(level)*d.gain(level)).sum()   # 2 snr is the root of the weight
+        for name, back in zip(RAN, torch.autograd.grad(loss, [net.given[name] for name in RAN])):
+            v = (back.movedim(1, -1) if back.dim() == 4 else back).flatten(0, -2).double()
+            add((name, 'outputs'), v.T @ v)
+    for (name, kind), total in sums.items():
+        if kind == 'places' and len(A[f'{name}.weight'].places) == 1: total = torch.ones(1, 1, dtype=torch.float64)
+        assert_close(getattr(A[f'{name}.weight'], kind), (total/total.trace()*len(total)).float(), atol=1e-5, rtol=1e-4)
 
 
-def test_moments_say_how_far_a_change_of_the_weights_moves_the_output():
-    "What A is for: a change D of the weights moves a layer's output by tr(D A D^T) in the mean square, entries of D in the order of the weight."
+def test_a_change_is_noticed_in_proportion_to_the_moments():
+    "What they are for: in a linear layer, where nothing is taken apart, a change D moves the output by tr(D A D^T) in the mean square."
     d, retain = toy()
     n, net = 6, d.net
-    A, (x_t, _, _) = moments(d, retain, n), draw(retain, n, gen())
-    for name in ('conv', 'stride', 'wide', 'tokens', 'vector'):
-        net(x_t)
-        before, weight = net.given[name], getattr(net, name).weight.data
+    A, (x_t, _, _) = moments(d, retain, n=n), draw(retain, n, gen())
+    for name in ('tokens', 'vector'):
+        before, entered = net(x_t) is None or net.given[name], dict((k, v) for k, v, _ in passing(net, x_t))[name]
+        weight = getattr(net, name).weight.data
         D = torch.randn(weight.shape, generator=gen(5))
         weight += D
         net(x_t)
         weight -= D
-        moved = (net.given[name] - before).square().sum(1 if D.dim() == 4 else -1).mean()
-        assert_close(moved, (D.flatten(1) @ A[f'{name}.weight'] @ D.flatten(1).T).trace(), atol=1e-4, rtol=1e-4)
+        moved, size = (net.given[name] - before).square().sum(-1).mean(), entered.square().mean().float()
+        assert_close(moved, size*(D @ A[f'{name}.weight'].inputs @ D.T).trace(), atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_moments_of_a_net(dtype):
     d = Denoiser(deepcopy(tiny_net()).to(dtype), DDPMScheduler())
     retain = generate(d, range(2), steps=3)
-    A, state = moments(d, retain, 12), torch.get_rng_state()
-    assert {k: len(v) for k, v in A.items()} == {f'{k}.weight': m.weight[0].numel() for k, m in d.net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
-    for a in A.values():
+    asked = [p.requires_grad for p in d.net.parameters()]
+    A, state = moments(d, retain, n=12), torch.get_rng_state()
+    layers = {f'{k}.weight': m.weight for k, m in d.net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
+    assert {k: (len(v.outputs), len(v.inputs), len(v.places)) for k, v in A.items()} == {k: (*w.shape[:2], w[0, 0].numel()) for k, w in layers.items()}
+    for a in (a for v in A.values() for a in vars(v).values()):
         assert a.dtype == torch.float32 and not a.requires_grad and torch.isfinite(a).all()
         assert_close(a, a.T, **CLOSE)
         values = torch.linalg.eigvalsh(a)
-        assert values[-1] > 0 and values[0] >= -1e-5*values[-1]
-    again, other = moments(d, retain, 12), moments(d, retain, 12, seed=1)
-    assert all(torch.equal(again[k], A[k]) for k in A) and not torch.equal(other['conv_in.weight'], A['conv_in.weight'])
+        assert abs(values.mean() - 1) < 1e-4 and values[0] >= -1e-5*values[-1]
+    def equal(A, B): return all(torch.equal(x, y) for k in A for x, y in zip(vars(A[k]).values(), vars(B[k]).values()))
+    assert equal(moments(d, retain, n=12), A) and not equal(moments(d, retain, n=12, seed=1), A)
     assert torch.equal(torch.get_rng_state(), state) and not hooks(d.net)
+    assert [p.requires_grad for p in d.net.parameters()] == asked and all(p.grad is None for p in d.net.parameters())
+
+
+def test_frozen_weights_stay_frozen():
+    d, retain = toy()
+    d.net.requires_grad_(False)
+    with torch.no_grad(): A = moments(d, retain, n=4)
+    assert set(A) == {f'{k}.weight' for k in RAN} and not any(p.requires_grad for p in d.net.parameters())
 
 
 def test_no_hook_is_left_after_an_exception():
     d, retain = toy()
-    moments(d, retain, 3)
+    moments(d, retain, n=3)
     assert not hooks(d.net)
     d.net.tokens.forward = None   # fails in the middle of the net
-    with pytest.raises(TypeError): moments(d, retain, 3)
+    with pytest.raises(TypeError): moments(d, retain, n=3)
     assert not hooks(d.net)
 
 
 @st.composite
 def spectra(draw_from):
-    "A symmetric A [K, K] >= 0 with eigenvalues from 0 to 1000, some of them equal, its eigenvectors and a damping."
-    values = torch.tensor(draw_from(st.lists(st.sampled_from([0., 1e-4, .01, 1., 2., 1000.]), min_size=1, max_size=7).filter(any)))
+    "A symmetric A [K, K] >= 0 with eigenvalues from 0 to 1000 and mean 1, some of them equal."
+    values = torch.tensor(draw_from(st.lists(st.sampled_from([0., 1e-4, .01, 1., 2., 1000.]), min_size=1, max_size=5).filter(any)))
     U = torch.linalg.qr(torch.randn(len(values), len(values), generator=gen(draw_from(st.integers(0, 99)))))[0]
-    return (U*values) @ U.T, values, U, draw_from(st.sampled_from([1e-3, .01, 1., 100.]))
+    return (U*values/values.mean()) @ U.T
 
 
-@given(spectra())
+@given(spectra(), spectra(), spectra(), st.sampled_from([1e-3, .01, 1., 100.]), st.integers(0, 99))
 @settings(max_examples=60)
-def test_whitening_shrinks_what_is_used_and_leaves_what_is_free(case):
-    A, values, U, damping = case
-    P = whitening({'a': A, 'b': 1000*A}, damping)
-    assert_close(P['b'], P['a'], atol=1e-3, rtol=0)   # the size of A plays no part
-    P = P['a']
-    close = dict(atol=2e-4, rtol=0)
-    assert_close(P, P.T, **close)
-    assert_close(P @ A/A.norm(), A @ P/A.norm(), **close)
-    scale = (U.T @ P @ U).diagonal()   # the length left to each direction of A
-    assert_close((U*scale) @ U.T, P, **close)
-    assert scale.min() > 0 and abs(scale.max() - 1) < 2e-4
-    order = values.argsort()
-    assert (scale[order].diff() <= 2e-4).all()   # the more it is used, the shorter
-    exact = (values/values.mean() + damping).rsqrt()
-    assert_close(scale, exact/exact.max(), atol=2e-3, rtol=2e-3)
-    assert (P @ A @ P).trace()/P.square().sum() <= A.trace()/len(A)*(1 + 1e-4) + 1e-6   # a random change through P moves what must stay less than one of equal length
+def test_whitening_makes_the_dear_directions_short(inputs, places, outputs, damping, seed):
+    B, weight = whitening({'a': Moments(inputs, places, outputs)}, damping)['a'], torch.zeros(len(outputs), len(inputs), len(places), 1)
+    assert B.reach.shape == (len(outputs), len(places), len(inputs)) and 0 < B.reach.min() and abs(B.reach.max() - 1) < 1e-5
+    v, g = torch.randn(B.reach.shape, generator=gen(seed)), torch.randn(weight.shape, generator=gen(seed + 1))
+    delta = B.change(v, weight)
+    assert_close((delta*g).sum(), (v*B.coordinates(g)).sum(), atol=1e-3, rtol=1e-3)   # the chain rule
+    assert_close(delta.norm(), (v*B.reach).norm(), atol=1e-3, rtol=1e-3)              # directions of length 1, at right angles
+    def price(d): return torch.einsum('ock,cb,kj,op,pbj->', d, inputs, places, outputs, d)
+    for o, k, c in zip(*(torch.randint(size, (3,), generator=gen(seed)) for size in v.shape)):
+        one = torch.zeros_like(v)
+        one[o, k, c] = 1
+        d = B.change(one, weight)[..., 0]
+        used = price(d)/d.square().sum()   # the product of the three eigenvalues
+        l = [B_.T[i] @ A @ B_.T[i] for B_, A, i in ((B.outputs, outputs, o), (B.places, places, k), (B.inputs, inputs, c))]
+        assert_close(used, l[0]*l[1]*l[2], atol=1e-2, rtol=1e-2)
+        exact = ((l[0].clamp(min=0) + damping)*(l[1]*l[2] + damping)).rsqrt()
+        free = ((torch.linalg.eigvalsh(outputs).clamp(min=0).min() + damping)*(torch.linalg.eigvalsh(places).clamp(min=0).min()*torch.linalg.eigvalsh(inputs).clamp(min=0).min() + damping)).rsqrt()
+        assert_close(B.reach[o, k, c], exact/free, atol=1e-2, rtol=2e-2)
 
 
 def test_limits_of_the_damping():
-    A = torch.tensor([[2., .5], [.5, 1.]])
-    assert_close(whitening({'a': A}, 1e8)['a'], torch.eye(2), atol=1e-6, rtol=0)   # all directions alike
-    W = whitening({'a': A}, 1e-9)['a']
-    white = W @ A @ W   # every direction moves the output alike
-    assert_close(white/white[0, 0], torch.eye(2), atol=1e-5, rtol=0)
-    lost = whitening({'a': torch.diag(torch.tensor([0., 1., 1.]))}, 1e-12)['a']   # what nothing uses is all that is left
-    assert_close(lost, torch.diag(torch.tensor([1., 0, 0])), atol=1e-5, rtol=0)
+    "Much: all directions alike. None: what nothing uses is all that is left."
+    one, A = torch.ones(1, 1), torch.diag(torch.tensor([0., 1., 2.]))
+    assert_close(whitening({'a': Moments(A, one, A)}, 1e8)['a'].reach, torch.ones(3, 1, 3), atol=1e-6, rtol=0)
+    reach = whitening({'a': Moments(A, one, one)}, 1e-12)['a'].reach
+    assert reach[0, 0, 0] == 1 and reach[0, 0, 1:].max() < 1e-5
 
 
-def test_a_layer_that_nothing_enters_is_all_free():
-    assert_close(whitening({'a': torch.zeros(3, 3)})['a'], torch.eye(3))
+def test_a_layer_that_nothing_passes_is_all_free():
+    d, retain = toy()
+    silent = moments(d, retain, lambda snr: 0*snr, n=2)['conv.weight']
+    assert_close(silent.outputs, torch.eye(4))
+
+
+@pytest.mark.parametrize('kind', ['inputs', 'places', 'outputs'])
+def test_what_is_not_finite_is_refused(kind):
+    one = torch.ones(1, 1)
+    refused(lambda: whitening({'some.weight': Moments(**dict(inputs=one, places=one, outputs=one) | {kind: one*float('nan')})}), 'some.weight', 'not finite')

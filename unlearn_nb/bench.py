@@ -26,8 +26,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import __version__, surgery, weights
 from .denoiser import Denoiser, generators
-from .retain import draw, generate, moments, whitening
-from .unlearn import PRECISIONS, Config, Full, Lora, Request, forget_states, gradient, own_states
+from .retain import draw, generate
+from .unlearn import PRECISIONS, Config, Request, forget_states, form_of, gradient, own_states
 from .zoo import load
 
 # %% ../nbs/17_bench.ipynb #f92c1e70
@@ -45,8 +45,8 @@ class Loop:
         self.state = PartialState(cpu=denoiser.device.type == "cpu")
         self.w_f, self.w_r, self.project = weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
         self.ask(requests)
-        self.form = Lora(denoiser, cfg.rank, cfg.seed) if cfg.rank else Full(denoiser, whitening(moments(denoiser, retain, seed=cfg.seed), cfg.whiten) if cfg.whiten else {})
-        self.opt = torch.optim.Adam(self.form.params, lr=cfg.lr)
+        self.form = form_of(denoiser, retain, cfg)
+        self.opt = torch.optim.Adam(self.form.params, lr=cfg.lr, eps=1e-7)
 
     def ask(self, requests):
         self.x_f, self.x_s = (self.denoiser.encode([getattr(r, k) for r in requests]) for k in ("image", "surrogate"))
@@ -58,7 +58,7 @@ class Loop:
         other.cfg = replace(self.cfg, **fields)
         return other
 
-    def batches(self, k=0):
+    def batches(self, k=1):
         "Forget batch and retain batch of step k."
         g = torch.Generator().manual_seed(self.cfg.seed * 1_000_003 + k)
         return forget_states(self.denoiser, self.x_f, self.x_s, self.own, self.cfg, g), draw(self.retain, self.cfg.retain_batch, g)
@@ -167,7 +167,8 @@ def peak_memory(f, device=torch.device("cpu")):
 def parts(loop):
     "What a step does beside its two gradients, each as a function."
     form, (g_f, g_r) = loop.form, (loop.gradient(batch, w) for batch, w in zip(loop.batches(), (loop.w_f, loop.w_r)))
-    return {"surgery": lambda: (surgery.products(g_f, g_r), loop.project(g_f, g_r)), "whitening": lambda: (form.pull(g_f), form.pull(g_r), form.push()),
+    weights = [w.detach() for w in form.weights]   # as large as their gradients
+    return {"surgery": lambda: (surgery.products(g_f, g_r), loop.project(g_f, g_r)), "whitening": lambda: (form.pull(weights), form.pull(weights), form.push()),
         "clipping and Adam": lambda: (torch.nn.utils.clip_grad_norm_(form.params, loop.cfg.clip), loop.opt.step())}
 
 def nbytes(tensors):
@@ -184,7 +185,7 @@ def measure_step(loop, rounds=5):
     share = {name: ratio(times, name, "step") for name in list(times)[4:]}
     seconds, operations = median(times["step"]), flops(loop.step)
     memory, memory_summed = peak_memory(loop.step, device), peak_memory(lambda: summed_step(loop), device)
-    resting = nbytes([*loop.denoiser.net.parameters(), *form.params, *(p.grad for p in form.params), *getattr(form, "base", []), *getattr(form, "P", []), *(v for kept in loop.opt.state.values() for v in kept.values())])
+    resting = nbytes([*loop.denoiser.net.parameters(), *form.params, *(p.grad for p in form.params), *getattr(form, "base", []), *(x for B in form.bases if B for x in vars(B).values()), *(v for kept in loop.opt.state.values() for v in kept.values())])
     return {"seconds": seconds, "steps_per_second": 1 / seconds, "gflop": operations / 1e9, "gflop_per_second_at_peak": work / median(times["product"]) / 1e9,
         "share_of_peak": operations / work * ratio(times, "product", "step"), "time_over_summed": ratio(times, "step", "summed"),
         "memory_over_summed": (memory - sum(4 * w.numel() for w in form.weights)) / memory_summed, "time_over_bare": ratio(times, "step", "bare"),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Request', 'Config', 'x0_loss', 'noised_states', 'own_states', 'forget_states', 'Full', 'Lora',
-           'gradient', 'card', 'check', 'default_retain', 'still_forgotten', 'unlearn']
+           'form_of', 'gradient', 'card', 'check', 'default_retain', 'still_forgotten', 'unlearn']
 
 # %% ../nbs/09_unlearn.ipynb #efbad257
 import hashlib
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, surgery, weights
 from .hotfix import Hotfix, fingerprint, write
-from .retain import States, draw, generate, moments, nearest, noised, whitening
+from .retain import Basis, States, draw, generate, moments, nearest, noised, whitening
 
 try: import resource   # not on Windows: there the peak of memory is not reported
 except ImportError: resource = None
@@ -97,25 +97,22 @@ def forget_states(denoiser, x_f, x_s, own, cfg, g):
     parts = [noised_states(denoiser, x_f, x_s, cfg.forget_batch - n, cfg.t_max, g)] + ([draw(own, n, g)] if n else [])
     return tuple(map(torch.cat, zip(*parts)))
 
-# %% ../nbs/09_unlearn.ipynb #34557d29
-def times(x, P): return x if P is None else (x.flatten(1) @ P).view_as(x)   # x [O, C, ...], P [K, K]
-
 # %% ../nbs/09_unlearn.ipynb #64d76923
 class Full:
-    "W = W0 + V P for the weights named in P (P as of `retain.whitening`); if P is empty, W = W0 + V for all of them."
+    "W = W0 + the change of v, for the weights that have a basis (as of `retain.whitening`); without bases, W = W0 + v for all of them."
 
-    def __init__(self, denoiser, P):
-        chosen = {k: w for k, w in denoiser.net.named_parameters() if k in P or not P}
+    def __init__(self, denoiser, bases):
+        chosen = {k: w for k, w in denoiser.net.named_parameters() if k in bases or not bases}
         self.trained = [(w, w.requires_grad) for w in chosen.values()]
-        self.names, self.weights, self.P = list(chosen), [w.requires_grad_() for w in chosen.values()], [P.get(k) for k in chosen]
+        self.names, self.weights, self.bases = list(chosen), [w.requires_grad_() for w in chosen.values()], [bases.get(k) for k in chosen]
         self.base = [w.detach().clone() for w in self.weights]
-        self.params = [torch.zeros_like(w, dtype=torch.float32) for w in self.weights]
+        self.params = [torch.zeros_like(B.reach if B else w, dtype=torch.float32) for w, B in zip(self.weights, self.bases)]
 
-    def pull(self, gradients): return [times(g, P) for g, P in zip(gradients, self.P)]
+    def pull(self, gradients): return [B.coordinates(g) if B else g for g, B in zip(gradients, self.bases)]
 
     @torch.no_grad()
     def push(self):
-        for w, w0, v, P in zip(self.weights, self.base, self.params, self.P): w.copy_(w0 + times(v, P))
+        for w, w0, v, B in zip(self.weights, self.base, self.params, self.bases): w.copy_(w0 + (B.change(v, w) if B else v))
 
     def delta(self): return {k: (w.detach().float() - w0.float()).half().cpu().contiguous() for k, w, w0 in zip(self.names, self.weights, self.base)}
 
@@ -137,7 +134,7 @@ class Lora:
         factors = {k: w for k, w in denoiser.net.named_parameters() if ".lora_" in k}
         for w in factors.values(): w.data = w.data.float()
         self.names, self.params = list(factors), list(factors.values())
-        self.weights = self.params
+        self.weights, self.bases = self.params, []
 
     def pull(self, gradients): return list(gradients)
 
@@ -148,6 +145,12 @@ class Lora:
     def restore(self):
         self.model.unload()
         for w, trained in self.trained: w.requires_grad_(trained)
+
+def form_of(denoiser, retain, cfg):
+    "What the loop moves: a LoRA, or whole weights, along directions that what must stay leaves free if cfg.whiten is above 0."
+    if cfg.rank: return Lora(denoiser, cfg.rank, cfg.seed)
+    if not cfg.whiten: return Full(denoiser, {})
+    return Full(denoiser, whitening(moments(denoiser, retain, weights.get(cfg.retain_weight), seed=cfg.seed), cfg.whiten))
 
 # %% ../nbs/09_unlearn.ipynb #f4f577d6
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -215,6 +218,7 @@ def about(denoiser, requests, earlier, retain, cfg):
 def save_checkpoint(file, topic, step, log, form, opt):
     "Write all that step number `step` depends on."
     kept = {f"param.{k}": v for k, v in enumerate(form.params)} | {f"{name}.{k}": v for k, p in enumerate(form.params) for name, v in opt.state[p].items()}
+    kept |= {f"{name}.{k}": v for k, B in enumerate(form.bases) if B for name, v in vars(B).items()}   # a direction is a matter of rounding where prices are equal
     write(file, save({k: v.detach().cpu().contiguous() for k, v in kept.items()}, {"about": json.dumps(topic), "step": str(step), "log": json.dumps(log)}))
 
 def load_checkpoint(file, topic, form, opt):
@@ -230,6 +234,7 @@ def load_checkpoint(file, topic, form, opt):
         for k, p in enumerate(form.params):
             p.copy_(kept[f"param.{k}"])
             opt.state[p] = {name: kept[f"{name}.{k}"].to(p.device if name != "step" else "cpu") for name in ("step", "exp_avg", "exp_avg_sq")}
+    form.bases = [B and Basis(**{name: kept[f"{name}.{k}"].to(v) for name, v in vars(B).items()}) for k, B in enumerate(form.bases)]
     form.push()
     return head["step"], head["log"]
 
@@ -278,8 +283,8 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     x_f, x_s = (denoiser.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
     own, topic = own_states(denoiser, requests, x_s, cfg.sampling_steps), about(denoiser, requests, earlier, retain, cfg) if checkpoint else None
     w_f, w_r, project = weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
-    form = Lora(denoiser, cfg.rank, cfg.seed) if cfg.rank else Full(denoiser, whitening(moments(denoiser, retain, seed=cfg.seed), cfg.whiten) if cfg.whiten else {})
-    opt = torch.optim.Adam(form.params, lr=cfg.lr)
+    form = form_of(denoiser, retain, cfg)
+    opt = torch.optim.Adam(form.params, lr=cfg.lr, eps=1e-7)   # a gradient far below that is rounding
     if saving := cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing: denoiser.net.enable_gradient_checkpointing()
     try:
         first, log = load_checkpoint(checkpoint, topic, form, opt) if checkpoint else (0, [])
