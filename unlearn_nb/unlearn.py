@@ -13,6 +13,7 @@ import platform
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from math import cos, isclose, pi, sqrt
 from operator import eq
 from pathlib import Path
@@ -49,8 +50,8 @@ class Config:
     forget_batch: int = 8          # states that lead to the forget image, per step
     retain_batch: int = 24         # states of other pictures, per step
     micro_batch: int = 32          # most states that go through the net at once; fewer: less memory, the same result
-    lr: float = 1.2e-3             # of Adam, at its highest; falls to zero along a cosine
-    weight: str = "min_snr"        # w(snr) of the forget loss; a name of room `weights` or a callable
+    lr: float = 1.6e-3             # of Adam, at its highest; falls to zero along a cosine
+    weight: object = partial(weights.min_snr, gamma=20.)   # w(snr) of the forget loss; a name of room `weights` or a callable
     retain_weight: str = "unit_v"  # w(snr) of the retain loss
     surgery: str = "symmetric"     # how the two gradients meet; a name of room `surgery` or a callable
     whiten: float = .01            # damping of the free directions (room `retain`); 0: all directions alike
@@ -252,13 +253,13 @@ def paths(denoiser, seeds, steps, cache=None):
 
 # %% ../nbs/09_unlearn.ipynb #1dbc2661
 def default_retain(denoiser, requests, cfg, cache=None):
-    """What `unlearn` takes as what must stay, if it is given nothing: two thirds paths of any seeds, a third paths of those seeds of a pool whose pictures (in 8 steps) are nearest to a forget image.
+    """What `unlearn` takes as what must stay, if it is given nothing: two thirds paths of any seeds, a third paths of those seeds of a pool whose pictures (in 5 steps) are nearest to a forget image.
 
     A list of (share, `States`). cache: a folder to keep them in."""
     every = paths(denoiser, range(100_000, 100_000 + cfg.retain_images), cfg.sampling_steps, cache)
     if not cfg.near_images: return [(1, every)]
     pool = range(200_000, 200_000 + cfg.pool)
-    ends = paths(denoiser, pool, min(8, cfg.sampling_steps), cache).x0
+    ends = paths(denoiser, pool, min(5, cfg.sampling_steps), cache).x0
     x_f = denoiser.encode([r.image for r in requests])
     near = sorted({int(i) for x in x_f for i in nearest(ends, x[None], -(-cfg.near_images // len(x_f)))})
     return [(2, every), (1, generate(denoiser, [pool[i] for i in near], cfg.sampling_steps))]

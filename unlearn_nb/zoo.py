@@ -201,4 +201,4 @@ def load(name, revision=None, device=None, dtype=None):
         commit, (net, scheduler) = folder.name, read_folder(folder)
     else: raise ValueError(f"no model {name!r}; expected {' or '.join(map(repr, BUILTIN))}, a local diffusers folder or a hub id such as 'google/ddpm-celebahq-256'")
     if dtype is not None: torch.nn.Module.to(net, dtype)   # diffusers' own `to` prints a warning for every dtype
-    return Denoiser(net.to(device), scheduler, name=text, revision=commit)
+    return Denoiser(net.to(device, memory_format=torch.channels_last), scheduler, name=text, revision=commit)   # the layout in which convolutions are fastest
