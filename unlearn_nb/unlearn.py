@@ -50,13 +50,13 @@ class Config:
     forget_batch: int = 8          # states that lead to the forget image, per step
     retain_batch: int = 24         # states of other pictures, per step
     micro_batch: int = 32          # most states that go through the net at once; fewer: less memory, the same result
-    lr: float = 1.6e-3             # of Adam, at its highest; falls to zero along a cosine
-    weight: object = partial(weights.min_snr, gamma=20.)   # w(snr) of the forget loss; a name of room `weights` or a callable
+    lr: float = 2e-3               # of Adam, at its highest; falls to zero along a cosine
+    weight: object = partial(weights.min_snr, gamma=30.)   # w(snr) of the forget loss; a name of room `weights` or a callable
     retain_weight: str = "unit_v"  # w(snr) of the retain loss
     surgery: str = "symmetric"     # how the two gradients meet; a name of room `surgery` or a callable
     whiten: float = .01            # damping of the free directions (room `retain`); 0: all directions alike
     rank: int = 0                  # 0: whole weights change; r: a LoRA of rank r, in which nothing is whitened
-    t_max: int = 400               # the forget image is noised to levels below this
+    t_max: int = 550               # the forget image is noised to levels below this
     own_share: float = .375        # share of the forget batch on the seed's own path, where a seed is known
     retain_images: int = 64        # paths of the base model, seeds 100,000 and up
     near_images: int = 16          # and those of `pool` further seeds whose pictures are nearest to the forget image
