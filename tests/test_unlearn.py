@@ -285,11 +285,28 @@ def test_own_paths_lead_to_their_own_surrogates():
 def test_share_of_the_own_path(share, count):
     model, request, _ = setting()
     x_f, x_s = model.encode([request.image]), model.encode([request.surrogate])
-    own, cfg = own_states(model, [request], x_s, 4), replace(TINY, forget_batch=8, own_share=share)
+    own, cfg = own_states(model, [request], x_s, 4), replace(TINY, forget_batch=8, own_share=share, way_share=0.)
     x_t, t, goal = forget_states(model, x_f, x_s, own, cfg, gen())
     assert sum(any(torch.equal(x, y) for y in own.x_t[0]) for x in x_t) == count and len(x_t) == len(t) == 8
     assert torch.equal(goal, x_s.expand_as(goal))
     assert forget_states(model, x_f, x_s, None, cfg, gen())[0].shape == x_t.shape   # no seed: all of them noised
+
+
+@given(share=st.sampled_from([0., .5, 1.]), own_share=st.sampled_from([0., .375, 1.]), seed=st.integers(0, 99))
+@settings(max_examples=20)
+def test_states_on_the_way_are_moved_in_the_clean_image(share, own_share, seed):
+    "Two requests of one grey each: the same draw with and without moving differs by a u (x_s - x_f) of its own request, u between 0 and 1, for that share of the states."
+    model, request, _ = setting()
+    requests = [replace(request, seed=s) for s in (7, 9)]
+    x_f, x_s = model.sample([7, 9], 4), torch.stack([torch.full((3, 8, 8), v) for v in (.1, .2)])
+    own, cfg = own_states(model, requests, x_s, 4), replace(TINY, forget_batch=64, own_share=own_share)
+    still, moved = (forget_states(model, x_f, x_s, own, replace(cfg, way_share=v), gen(seed)) for v in (0., share))
+    assert torch.equal(still[1], moved[1]) and torch.equal(still[2], moved[2])
+    which = (moved[2][:, 0, 0, 0]*10).round().long() - 1
+    step = model.scales(moved[1])[0]*(x_s - x_f)[which]
+    u = ((moved[0] - still[0])*step).sum((1, 2, 3))/step.square().sum((1, 2, 3))
+    assert_close(moved[0] - still[0], u.view(-1, 1, 1, 1)*step, atol=1e-5, rtol=1e-4)
+    assert (u > -1e-4).all() and (u < 1 + 1e-4).all() and abs((u.abs() > 1e-6).float().mean() - share) < .3
 
 
 def test_first_retain_gradient_is_nothing():
@@ -598,7 +615,7 @@ def test_a_retain_gradient_of_zero_has_no_ratio():
 @pytest.mark.parametrize("change, says", [
     (dict(steps=0), "steps is 0"), (dict(lr=-1.), "lr is -1"), (dict(weight="heavy"), "heavy"), (dict(retain_weight="light"), "light"), (dict(surgery="brain"), "brain"),
     (dict(forget_batch=0), "forget_batch"), (dict(retain_batch=-1), "retain_batch"), (dict(micro_batch=0), "micro_batch"), (dict(retain_images=0), "retain_images"), (dict(sampling_steps=0), "sampling_steps"),
-    (dict(rank=-1), "rank is -1"), (dict(whiten=-.5), "whiten is -0.5"), (dict(own_share=-.1), "own_share is -0.1"), (dict(own_share=1.5), "own_share is 1.5"), (dict(own_share=float("nan")), "own_share is nan"),
+    (dict(rank=-1), "rank is -1"), (dict(whiten=-.5), "whiten is -0.5"), (dict(own_share=-.1), "own_share is -0.1"), (dict(own_share=1.5), "own_share is 1.5"), (dict(own_share=float("nan")), "own_share is nan"), (dict(way_share=2.), "way_share is 2"),
     (dict(precision="fp8"), "fp8"), (dict(precision=None), "None"), (dict(t_max=0), "t_max is 0"), (dict(t_max=1001), "1000 levels"),
     (dict(clip=0.), "clip is 0"), (dict(clip=-1.), "clip is -1"), (dict(clip=float("nan")), "clip is nan"), (dict(lr=float("nan")), "lr is nan"),
     (dict(whiten=float("nan")), "whiten is nan")])
@@ -705,7 +722,7 @@ def test_a_rule_that_remembers_gradients_takes_no_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-OTHER = dict(steps=4, forget_batch=5, retain_batch=5, micro_batch=5, lr=2e-3, weight="unit_eps", retain_weight="unit_x0", surgery="plain", whiten=.5, rank=1, t_max=300, own_share=.5,
+OTHER = dict(steps=4, forget_batch=5, retain_batch=5, micro_batch=5, lr=2e-3, weight="unit_eps", retain_weight="unit_x0", surgery="plain", whiten=.5, rank=1, t_max=300, own_share=.5, way_share=.25,
     retain_images=4, near_images=1, pool=5, sampling_steps=5, clip=2., precision="bf16", gradient_checkpointing=True, seed=1)
 
 
