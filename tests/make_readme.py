@@ -1,4 +1,5 @@
-"Make README.md from nbs/index.ipynb, without Quarto: `python tests/make_readme.py`"
+"Make README.md from nbs/index.ipynb, without Quarto, and its picture from the first tutorial: `python tests/make_readme.py`"
+import base64
 import json
 import posixpath
 import re
@@ -50,6 +51,15 @@ def readme(notebook=ROOT/'nbs'/'index.ipynb'):
     return '\n\n'.join([NOTE, *(b.strip() for c in cells for b in cell_blocks(c))]) + '\n'
 
 
+def picture(notebook=ROOT/'nbs'/'tutorials'/'01_forget_a_face.ipynb'):
+    "The PNG that the first tutorial shows for `report.figure`: the README's picture."
+    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
+    shown = [o['data']['image/png'] for c in cells if ''.join(c['source']).startswith('report.figure(') for o in c['outputs']]
+    if len(shown) != 1: raise ValueError(f'the first tutorial shows {len(shown)} figures of the report; expected one: run it')
+    return base64.b64decode(shown[0])
+
+
 if __name__ == '__main__':
+    (ROOT/'nbs'/'images'/'before_after.png').write_bytes(picture())
     (ROOT/'README.md').write_text(readme(), encoding='utf-8', newline='\n')
     print('README.md written')

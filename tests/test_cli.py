@@ -71,13 +71,13 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
     from test_unlearn import tiny
     model = tiny()
     DDPMPipeline(model.net, model.scheduler).save_pretrained(tmp_path/"model")
-    def forget(*args): main([str(a) for a in ["forget", "--model", tmp_path/"model", "--steps", 2, *args]])
+    def forget(*args): main([str(a) for a in ["forget", "--model", tmp_path/"model", "--steps", 2, "--cache", tmp_path/"kept", *args]])
     forget("--seed", 1, "--out", tmp_path/"one")
     forget("--seed", 2, "--hotfix", tmp_path/"one", "--rank", 2, "--checkpoint", tmp_path/"state", "--out", tmp_path/"two")
     first, second = (Hotfix.load(tmp_path/name) for name in ("one", "two"))
     assert second.card["on"] == [first.id] and second.card["base"] == first.card["base"] and any("lora_A" in k for k in second.delta)
     assert [row["seed"] for row in json.loads((tmp_path/"two/report.json").read_text())["earlier"]] == [1]
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "one", "two"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["kept", "model", "one", "two"] and len(list((tmp_path/"kept").iterdir())) == 4   # 64 paths and the pool, without and with the first hotfix
     grids = {}
     for name, fixes in (("none", []), ("both", ["one", "two"]), ("second", ["two"])):
         more = [a for f in fixes for a in ("--hotfix", tmp_path/f)]
@@ -97,7 +97,7 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
     ("sample --model faces --seeds 4:1 --out {}/o.png", "4:1"), ("sample --model faces --seeds -3 --out {}/o.png", "-3"), ("sample --model faces --out {}/o.gif", ".png"),
     ("sample --model faces --hotfix {} --out {}/o.png", "card.json"), ("sample --model faces --steps 0 --out {}/o.png", "0"),
     ("forget --model faces --seed 1 --rank -1 --out {}/o", "-1"), ("forget --model faces --seed 1 --hotfix {}/empty --out {}/o", "card.json"),
-    ("forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o", "folder that does not exist"),
+    ("forget --model faces --seed 1 --cache {}/text.png --out {}/o", "text.png"), ("forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o", "folder that does not exist"),
     ("train --data {}/empty --out {}/o --minutes 1", "empty"), ("train --data faces --out {}/full --minutes 1", "full"), ("train --data faces --out {}/o --minutes 0", "0"),
     ("train --data faces --size 30 --out {}/o --minutes 1", "30")])
 def test_bad_input_is_one_sentence_and_leaves_nothing(args, says, tmp_path, capsys, monkeypatch):

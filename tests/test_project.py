@@ -14,7 +14,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conftest import ROOT, source_files
-from make_readme import readme
+from make_readme import picture, readme
 
 PACKAGE, NBS = ROOT/'unlearn_nb', ROOT/'nbs'
 FLOORS = [  # imports go from a later line to an earlier one, and never sideways
@@ -75,6 +75,10 @@ def test_room_comes_from_a_notebook_that_exists(room):
 
 def test_readme_is_made_from_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run: python tests/make_readme.py'
+
+
+def test_the_picture_of_the_readme_is_that_of_the_first_tutorial():
+    assert (NBS/'images/before_after.png').read_bytes() == picture(), 'run: python tests/make_readme.py'
 
 
 def test_readme_has_the_two_commands():

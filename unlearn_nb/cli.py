@@ -59,7 +59,7 @@ def with_hotfixes(model, folders, steps):
     for fix in fixes: fix.apply(denoiser)
     return denoiser, [Request(*r) for r in zip(before, pictures(), seeds)], len(earlier) - len(seeds)
 
-def forget_one(model, seed, image, surrogate, steps, out, rank=0, folders=(), checkpoint=None):
+def forget_one(model, seed, image, surrogate, steps, out, rank=0, folders=(), checkpoint=None, cache=None):
     "One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing."
     from unlearn_nb import report, surrogates
     from unlearn_nb.denoiser import read_image
@@ -75,7 +75,7 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=0, folders=(), ch
         for warning in surrogates.check(x_f, x_s).warnings: click.echo(f"note: the surrogate: {warning}", err=True)
         request = Request(x_f, x_s, seed)
         click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
-        others = default_retain(denoiser, [request], cfg)
+        others = default_retain(denoiser, [request], cfg, cache)
         click.echo("3/4  unlearn")
         hotfix = unlearn(denoiser, [request], others, cfg, earlier=earlier, checkpoint=checkpoint)
         click.echo("4/4  before and after")
@@ -95,7 +95,7 @@ def cli(): "Make a diffusion model forget one picture that no prompt can name, a
 @click.option("--out", type=click.Path(), default="unlearn_demo", show_default=True, help="Folder to write; must not exist or be empty.")
 @click.option("--steps", type=click.IntRange(min=1), help="Updates of the weights.  [default: see Config]")
 def demo(seed, out, steps):
-    "Forget one face of the built-in model and show that it is gone (about 2 minutes on 2 CPU cores)."
+    "Forget one face of the built-in model and show that it is gone (about a minute and a half on 2 CPU cores)."
     forget_one("faces", seed, None, None, steps, out)
 
 @cli.command()
@@ -108,11 +108,12 @@ def demo(seed, out, steps):
 @click.option("--rank", type=click.IntRange(min=0), default=0, show_default=True, help="Write a LoRA of this rank; 0: whole weights.")
 @click.option("--hotfix", "folders", type=click.Path(), multiple=True, help="On top of this hotfix, whose picture stays forgotten (may be given several times).")
 @click.option("--checkpoint", type=click.Path(dir_okay=False), help="File to keep the state of the run in: after a stop, the same command goes on from there.")
-def forget(model, seed, image, surrogate, out, steps, rank, folders, checkpoint):
+@click.option("--cache", type=click.Path(file_okay=False), help="Folder to keep pictures of the model in, for the next request to the same model.")
+def forget(model, seed, image, surrogate, out, steps, rank, folders, checkpoint, cache):
     "Forget one picture of a model: writes a hotfix with its card, report and picture."
     if (seed is None) == (image is None): raise ValueError("give either --seed or --image: which picture is to be forgotten")
     if checkpoint and not Path(checkpoint).resolve().parent.is_dir(): raise ValueError(f"--checkpoint {checkpoint!r} would lie in a folder that does not exist; make it first")
-    forget_one(model, seed, image, surrogate, steps, out, rank, folders, checkpoint)
+    forget_one(model, seed, image, surrogate, steps, out, rank, folders, checkpoint, cache)
 
 # %% ../nbs/16_cli.ipynb #11531079
 @cli.command()
