@@ -610,6 +610,11 @@ def test_a_retain_gradient_of_zero_has_no_ratio():
     assert row["ratio"] is None and row["cosine"] == row["retain"] == 0
 
 
+def test_the_preset_fits_the_size_of_the_model():
+    def sized(n): return SimpleNamespace(net=SimpleNamespace(parameters=lambda: [torch.empty(n, device="meta")]))
+    assert Config.of(sized(2_165_891), steps=7) == Config(steps=7) and Config.of(sized(113_673_219), rank=2) == Config.t4(rank=2) != Config(rank=2)
+
+
 # --- refused ---
 
 @pytest.mark.parametrize("change, says", [

@@ -167,8 +167,8 @@ def peak_memory(f, device=torch.device("cpu")):
 def parts(loop):
     "What a step does beside its two gradients, each as a function."
     form, (g_f, g_r) = loop.form, (loop.gradient(batch, w) for batch, w in zip(loop.batches(), (loop.w_f, loop.w_r)))
-    weights = [w.detach() for w in form.weights]   # as large as their gradients
-    return {"surgery": lambda: (surgery.products(g_f, g_r), loop.project(g_f, g_r)), "whitening": lambda: (form.pull(weights), form.pull(weights), form.push()),
+    W = [w.detach() for w in form.weights]   # as large as their gradients
+    return {"surgery": lambda: (surgery.products(g_f, g_r), loop.project(g_f, g_r)), "whitening": lambda: (form.pull(W), form.pull(W), form.push()),
         "clipping and Adam": lambda: (torch.nn.utils.clip_grad_norm_(form.params, loop.cfg.clip), loop.opt.step())}
 
 def nbytes(tensors):
@@ -258,7 +258,7 @@ def subject(model=None):
     if (model or (CELEBAHQ if cuda else "faces")) == CELEBAHQ: denoiser = random_model(PLAN, DDPMScheduler(), "cuda" if cuda else "cpu", f"{CELEBAHQ}, random weights")
     else: denoiser = load(model or "faces")
     precision = "fp32" if not cuda else "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    return denoiser, (Config.t4 if millions(denoiser) > 20 else Config)(precision=precision)
+    return denoiser, Config.of(denoiser, precision=precision)
 
 def bench(denoiser, cfg=Config(), rounds=5):
     "All measures of this room for a denoiser and the settings of a run, as a dict that JSON can hold. The denoiser comes back as it was."

@@ -65,8 +65,8 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=0, folders=(), ch
     from unlearn_nb.denoiser import read_image
     from unlearn_nb.unlearn import Config, Request, default_retain, unlearn
     with new_folder(out) as folder:
-        cfg = Config(rank=rank) if steps is None else Config(rank=rank, steps=steps)
-        denoiser, earlier, unknown = with_hotfixes(model, folders, cfg.sampling_steps)
+        denoiser, earlier, unknown = with_hotfixes(model, folders, Config().sampling_steps)
+        cfg = Config.of(denoiser, rank=rank, **({} if steps is None else {"steps": steps}))
         if unknown: click.echo(f"note: {unknown} of the earlier requests came as a picture, which its hotfix does not hold: nothing here sees to it that it stays forgotten", err=True)
         click.echo(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
         x_f = read_image(image) if image else denoiser.decode(denoiser.sample([seed], cfg.sampling_steps))[0]

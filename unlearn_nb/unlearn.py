@@ -73,6 +73,11 @@ class Config:
         "For a model of 256 pixels and 114 M weights, such as google/ddpm-celebahq-256, in the 15 GB of a T4."
         return cls(**dict(forget_batch=4, retain_batch=4, retain_images=16, near_images=0, lr=3e-5, whiten=0.) | kw)
 
+    @classmethod
+    def of(cls, denoiser, **kw):
+        "The preset for a model of that size: as it is up to 20 M weights, above that `t4`."
+        return (cls.t4 if sum(w.numel() for w in denoiser.net.parameters()) > 20e6 else cls)(**kw)
+
 # %% ../nbs/09_unlearn.ipynb #8d9443c4
 def x0_loss(denoiser, x_t, t, goal, w):
     "Mean of w(snr) (x0_hat(x_t) - goal)^2 over a batch: x_t, goal [B, C, H, W], t [B]."
