@@ -35,7 +35,7 @@ from unlearn_nb.unlearn import (Config, Full, Lora, Request, default_retain, for
 from unlearn_nb.weights import WEIGHTS, min_snr
 from unlearn_nb.zoo import load
 
-TINY = Config(weight="min_snr", steps=3, forget_batch=4, retain_batch=4, retain_images=3, near_images=0, sampling_steps=4)
+TINY = Config(weight="min_snr", lr=1.2e-3, steps=3, forget_batch=4, retain_batch=4, retain_images=3, near_images=0, sampling_steps=4)
 FORMS = {"whitened": {}, "full": dict(whiten=0.), "lora": dict(rank=2)}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 predictions = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
