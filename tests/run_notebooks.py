@@ -11,7 +11,7 @@ import nbformat
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
-MEASURED = re.compile(r'\*\*Measured\*\*[^:\n]*: [\d.]+ s, [\d.]+ GB\.')
+MEASURED = re.compile(r'\*\*Measured\*\*[^:\n]*: \d+ s(, [\d.]+ GB)?\.')
 MEMORY = 'import resource; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)'   # of the kernel, at its highest, in kB
 VIEW = 'application/vnd.jupyter.widget-view+json'
 

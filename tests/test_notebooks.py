@@ -94,8 +94,8 @@ def test_every_code_cell_that_shows_something_has_its_output(path):
 def test_what_it_took_is_near_the_top(path):
     if path.stem == 'index': return
     top = '\n'.join(source(c) for c in read(path)['cells'][:6] if c['cell_type'] == 'markdown')
-    took = re.findall(r'\*\*Measured\*\* on 2 CPU cores: (\d+) s, ([\d.]+) GB\.', top)
-    assert len(took) == 1 and int(took[0][0]) > 0 and float(took[0][1]) > 0, 'run: python tests/run_notebooks.py ' + path.name
+    took = re.findall(r'\*\*Measured\*\* on 2 CPU cores: (\d+) s[,.]', top)
+    assert len(took) == 1 and int(took[0]) > 0, 'run: python tests/run_notebooks.py ' + path.name
 
 
 @every_notebook

@@ -81,6 +81,7 @@ def unit_mean(A):
 
 def rows(x, conv): return (x.movedim(1, -1) if conv else x).flatten(0, -2).float()   # [B, K, H, W] or [..., K] -> [N, K]
 
+# %% ../nbs/07_retain.ipynb #c3b199cf
 def moments(denoiser, retain, w=unit_v, n=48, seed=0):
     """`Moments` with mean eigenvalue 1 at n states of what must stay, of each convolution and linear layer that runs: {name of the weight: Moments}, float32.
 
