@@ -1,20 +1,31 @@
 "Measures, judged by scikit-image, torchmetrics, scipy and plain loops."
+import hashlib
 import math
 from functools import lru_cache
+from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import numpy as np
 import pytest
 import torch
+from diffusers import DDPMScheduler
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from scipy.linalg import sqrtm
-from skimage.metrics import peak_signal_noise_ratio
+from scipy.stats import t as student
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from torch import nn
 from torch.testing import assert_close
-from torchmetrics.image.fid import _compute_fid
-from torchmetrics.image.kid import poly_mmd
+from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
+from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
+from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.faces import draw, sample_identity, sample_scene, to_tensor
-from unlearn_nb.metrics import describe, drift, frechet, kid, precision_recall, psnr, relative_forgetting, similarity
+from unlearn_nb.metrics import (arcface, bits_per_dim, denoising_error, describe, drift, frechet, interval, kid, log_likelihood, lpips, precision_recall, psnr,
+                                reconstruction_curve, relative_forgetting, similarity, sscd, ssim, subsets)
+from unlearn_nb.zoo import load
 
 seeds = st.integers(0, 2**31)
 
@@ -44,6 +55,144 @@ def test_psnr_of_known_pictures():
     b = a + torch.tensor([0., .02, 2.]).view(3, 1, 1, 1)
     assert psnr(a, b)[0] == math.inf
     assert_close(psnr(a, b)[1:], torch.tensor([40., 0.]), atol=1e-4, rtol=0)
+
+
+# --- ssim, lpips, and pictures that do not fit ---
+
+@given(seeds, st.floats(1e-3, 1), st.sampled_from([(1, 3, 16, 16), (3, 3, 12, 20), (2, 1, 32, 32)]))
+@settings(max_examples=20)
+def test_ssim_is_that_of_skimage(seed, size, shape):
+    a = pictures(*shape, seed=seed)
+    b = (a + size*normal(*shape, seed=seed + 1)).clamp(-1, 1)
+    def mirrored(x): return np.pad((x.double().numpy() + 1)/2, ((0, 0), (5, 5), (5, 5)), 'reflect')   # theirs leaves 5 pixels out at every border
+    theirs = [structural_similarity(mirrored(x), mirrored(y), data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False) for x, y in zip(a, b)]
+    assert_close(ssim(a, b), torch.tensor(theirs, dtype=torch.float32), atol=1e-4, rtol=1e-3)
+    assert_close(ssim(a, b[:1]), ssim(a, b[:1].expand_as(a)))
+    assert_close(ssim(a, a), torch.ones(len(a)))
+
+
+def test_ssim_wants_room_for_its_window():
+    with pytest.raises(ValueError, match='20 x 10 pixels .* 11 pixels'): ssim(pictures(1, 3, 10, 20), pictures(1, 3, 10, 20))
+
+
+@pytest.mark.parametrize('measure', [psnr, ssim, lpips, similarity, drift])
+@pytest.mark.parametrize('a, b', [((2, 3, 16, 16), (3, 3, 16, 16)), ((1, 3, 16, 16), (1, 3, 16, 17)), ((3, 16, 16), (3, 16, 16))])
+def test_pictures_that_cannot_be_compared(measure, a, b):
+    with pytest.raises(ValueError, match='cannot be compared row by row; give two tensors'): measure(pictures(*a), pictures(*b))
+
+
+def test_describe_wants_colours():
+    with pytest.raises(ValueError, match=r'\[2, 1, 32, 32\] cannot be described; expected \[B, 3, H, W\]'): describe(pictures(2, 1, 32, 32))
+
+
+def test_lpips_gives_rows(monkeypatch):
+    monkeypatch.setattr('torchmetrics.functional.image.learned_perceptual_image_patch_similarity', lambda x, y, net_type: (x - y).abs().mean())
+    a, b = pictures(3, 3, 16, 16), pictures(3, 3, 16, 16, seed=1)
+    assert_close(lpips(a, b), (a - b).abs().flatten(1).mean(1))
+    assert lpips(a[:1], b).shape == (3,)
+
+
+@pytest.mark.parametrize('error', [ModuleNotFoundError('no torchvision'), URLError('no network')])
+def test_lpips_without_its_weights(monkeypatch, error):
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr('torchmetrics.functional.image.learned_perceptual_image_patch_similarity', fail)
+    with pytest.raises(ValueError, match='LPIPS needs torchvision .*(no torchvision|no network).* `ssim`'): lpips(faces(1), faces(1))
+
+
+# --- descriptors from a file ---
+
+class Pool(nn.Module):
+    "A stand-in with the interface of SSCD and ArcFace: it gives the sides and the mean colours of parts of what it is shown, not normalised."
+    def forward(self, x):
+        return torch.cat([torch.full((x.shape[0], 2), 0.) + torch.tensor([float(x.shape[2]), float(x.shape[3])])/1000, nn.functional.adaptive_avg_pool2d(x, (4, 4)).flatten(1)], 1)
+
+
+def save(net, file):
+    "TorchScript as a file; its SHA-256."
+    with pytest.warns(DeprecationWarning): torch.jit.script(net).save(str(file))
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def stand_in(tmp_path): return tmp_path/'net.pt', save(Pool(), tmp_path/'net.pt')
+
+
+def unit_rows(x): return x/x.norm(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize('size', [(32, 32), (40, 60), (700, 500)])
+def test_sscd_prepares_like_its_authors(stand_in, size):
+    "Pillow resizes the shorter side to 288 (bilinear), then mean and deviation of ImageNet."
+    images = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (8, 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC) for k in range(2)]
+    short = min(size)
+    sides = tuple(int(288*s/short) if s != short else 288 for s in size)
+    shown = torch.stack([torch.from_numpy(np.array(i.resize(sides, Image.Resampling.BILINEAR))).permute(2, 0, 1)/255 for i in images])
+    shown = (shown - torch.tensor([.485, .456, .406]).view(3, 1, 1))/torch.tensor([.229, .224, .225]).view(3, 1, 1)
+    assert_close(sscd(*stand_in)(to_tensor(images)), unit_rows(Pool()(shown)), atol=3e-3, rtol=0)
+
+
+def test_arcface_prepares_112_pixels(stand_in):
+    x = nn.functional.interpolate(pictures(3, 3, 14, 14), (112, 112), mode='bilinear')
+    assert_close(arcface(*stand_in)(x), unit_rows(Pool()(x)), atol=1e-5, rtol=0)
+    assert_close(arcface(*stand_in)(faces(3))[:, 0]/arcface(*stand_in)(faces(3))[:, 1], torch.ones(3))
+
+
+def test_a_descriptor_is_used_by_every_measure(stand_in):
+    eye = arcface(*stand_in)
+    a, b = faces(), faces(other=1)
+    assert_close(similarity(a, b, eye), (eye(a)*eye(b)).sum(1))
+    assert_close(eye(a.bfloat16()), eye(a), atol=.05, rtol=0)
+    assert drift(a, b, eye)['cosine_median'] == pytest.approx((eye(a)*eye(b)).sum(1).median().item(), abs=1e-6)
+
+
+def test_many_pictures_are_described_in_parts(stand_in):
+    eye = sscd(*stand_in)
+    assert_close(eye(faces(40)), torch.cat([eye(faces(40)[:7]), eye(faces(40)[7:])]), atol=1e-5, rtol=0)
+
+
+def test_a_missing_file():
+    for load_it in (lambda f: sscd(f), lambda f: arcface(f, '0'*64)):
+        with pytest.raises(FileNotFoundError, match="no file 'nothing.pt'; get it from https://.* `describe`"): load_it('nothing.pt')
+
+
+def test_an_unknown_hash_is_never_opened(stand_in, monkeypatch):
+    def never(*args, **kw): raise AssertionError('it was opened')
+    monkeypatch.setattr(torch.jit, 'load', never)
+    file, good = stand_in
+    for load_it in (lambda: sscd(file), lambda: sscd(file, good[:-1]), lambda: sscd(file, ''), lambda: arcface(file, 'f'*64)):
+        with pytest.raises(ValueError, match=f'has the SHA-256 {good}, expected .* not opened'): load_it()
+    with pytest.raises(AssertionError, match='it was opened'): sscd(file, good.upper())
+
+
+def test_no_torchscript(tmp_path):
+    (tmp_path/'x.pt').write_bytes(b'no zip')
+    with pytest.raises(ValueError, match='is not a TorchScript file'): sscd(tmp_path/'x.pt', hashlib.sha256(b'no zip').hexdigest())
+
+
+def test_a_net_that_gives_no_vectors(tmp_path):
+    digest = save(nn.ReLU(), tmp_path/'x.pt')
+    with pytest.raises(ValueError, match=r'gives \[2, 3, 112, 112\] for 2 pictures; expected one vector each, \[2, D\]'): arcface(tmp_path/'x.pt', digest)(faces(2))
+    with pytest.raises(ValueError, match='cannot be described'): arcface(tmp_path/'x.pt', digest)(pictures(2, 1, 32, 32))
+
+
+def test_sscd_is_fetched_once(tmp_path, monkeypatch, stand_in):
+    calls = []
+    def fetch(url, file, hash_prefix, progress):
+        calls.append((url, hash_prefix))
+        Path(file).write_bytes(stand_in[0].read_bytes())
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'hub'))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
+    for _ in range(2): sscd(sha256=stand_in[1])
+    assert calls == [('https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt', stand_in[1])]
+    with pytest.raises(ValueError, match='not opened'): sscd()
+
+
+@pytest.mark.parametrize('error', [URLError('no network'), RuntimeError('invalid hash value')])
+def test_sscd_without_a_network(tmp_path, monkeypatch, error):
+    def fail(*args, **kw): raise error
+    monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+    with pytest.raises(FileNotFoundError, match='could not be fetched .*(no network|invalid hash).*; get it from https://.* `describe`'): sscd()
 
 
 # --- similarity ---
@@ -89,6 +238,36 @@ def test_relative_forgetting_is_0_for_nothing_and_1_at_the_surrogate(before, flo
     assert relative_forgetting(before, before, floor) == 0
     assert relative_forgetting(before, floor, floor) == 1
     assert relative_forgetting(before, min(before + .1, 1.), floor) <= 0 and relative_forgetting(before, floor - .1, floor) > 1
+
+
+# --- intervals and the reconstruction curve ---
+
+@given(seeds, st.integers(2, 40), st.floats(.1, 10))
+@settings(max_examples=30)
+def test_interval_is_that_of_scipy(seed, n, size):
+    x = size*normal(3, n, seed=seed) + 1
+    mean, half = interval(x)
+    for row, m, h in zip(x.double().numpy(), mean, half):
+        low, high = student.interval(.95, n - 1, loc=row.mean(), scale=row.std(ddof=1)/n**.5)
+        assert m.item() == pytest.approx(row.mean(), abs=1e-4*size) and 2*h.item() == pytest.approx(high - low, rel=1e-3)
+
+
+def test_one_value_has_no_interval():
+    with pytest.raises(ValueError, match='1 value gives no interval'): interval(torch.ones(4, 1))
+
+
+@lru_cache(None)
+def model(): return load('faces')
+
+
+def test_reconstruction_curve_is_the_similarity_of_reconstructions():
+    x, levels, noises = faces(1), (50, 500, 950), range(5, 9)
+    sims = reconstruction_curve(model(), x, levels, noises, steps=3)
+    assert sims.shape == (3, 4) and sims[0].mean() > sims[1].mean() > sims[2].mean() and sims[0].min() > .9
+    assert_close(sims[1], similarity(model().reconstruct(x, 500, noises, 3), x.expand(4, -1, -1, -1)))
+    assert_close(reconstruction_curve(model(), x, [500], [7], steps=3)[0, 0], sims[1, 2], atol=1e-5, rtol=0)   # a seed's noise depends on no other seed
+    pixels = reconstruction_curve(model(), x, [50], [5, 6], steps=3, describe=lambda v: unit_rows(v.flatten(1)))
+    assert_close(pixels[0], torch.cosine_similarity(model().reconstruct(x, 50, [5, 6], 3).flatten(1), x.flatten(1)))
 
 
 # --- drift ---
@@ -185,6 +364,47 @@ def test_frechet_of_known_gaussians(seed, shift, scale):
     assert frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
+class Features(nn.Module):
+    "Our descriptor in the form that torchmetrics takes: pictures of 0 ... 255."
+    def forward(self, x): return describe(x.float()/127.5 - 1)
+
+
+def test_torchmetrics_agrees_on_our_features():
+    a, b = (((faces(other=k)+1)*127.5).round().to(torch.uint8) for k in (0, 1))
+    theirs = FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32)), KernelInceptionDistance(feature=Features(), subsets=2, subset_size=12, degree=3, gamma=1., coef=1.)
+    for metric in theirs:
+        metric.update(a, real=True)
+        metric.update(b, real=False)
+    real, fake = Features()(a), Features()(b)
+    assert frechet(real, fake) == pytest.approx(theirs[0].compute().item(), rel=1e-3, abs=1e-4)
+    mean, deviation = theirs[1].compute()
+    assert kid(real, fake) == pytest.approx(mean.item(), rel=1e-3, abs=1e-4) and deviation < 1e-4
+    assert_close(subsets(kid, real, fake, 12, n=3), mean.expand(3), rtol=1e-3, atol=1e-4)
+
+
+def test_subsets_scatter_around_the_whole():
+    a, b = (unit(normal(300, 8, seed=k) + .3*k) for k in (0, 1))
+    values = subsets(kid, a, b, 50, n=200)
+    assert values.shape == (200,) and values.std() > 0
+    assert abs(values.mean() - kid(a, b)) < 4*values.std()/200**.5
+    assert_close(subsets(kid, a, b, 50, n=5), values[:5])
+    assert not torch.equal(subsets(kid, a, b, 50, n=5, seed=1), values[:5])
+
+
+def test_frechet_is_biased_and_kid_is_not():
+    a, b = normal(2000, 32), normal(2000, 32, seed=1)
+    few, more = (subsets(frechet, a, b, n, 20).mean() for n in (50, 500))
+    assert few > 5*more > 0
+    kids = subsets(kid, unit(a), unit(b), 50, 50)
+    assert abs(kids.mean()) < kids.std()
+
+
+@pytest.mark.parametrize('distance', [kid, frechet, precision_recall, lambda a, b: subsets(kid, a, b, 5)])
+@pytest.mark.parametrize('a, b', [((1, 4), (20, 4)), ((20, 4), (20, 5)), ((20,), (20, 4)), ((20, 4), (0, 4))])
+def test_sets_that_cannot_be_compared(distance, a, b):
+    with pytest.raises(ValueError, match=r'cannot be compared; expected \[N, D\] and \[M, D\], \d feature vectors or more'): distance(normal(*a), normal(*b))
+
+
 # --- precision and recall ---
 
 def by_loops(real, fake, k):
@@ -211,3 +431,120 @@ def test_precision_recall_of_known_sets():
     precision, recall = precision_recall(real, narrow)
     assert precision > .9 and recall < .1
     assert precision_recall(narrow, real) == (recall, precision)
+
+
+# --- denoising error, likelihood: a Gaussian whose best denoiser and density are known ---
+
+class Best(nn.Module):
+    "E[x0 | x_t] of N(mean, cov), cov [D, D], as a net that predicts the sample."
+    device, dtype = torch.device('cpu'), torch.float32
+
+    def __init__(self, mean, cov, side, abar):
+        super().__init__()
+        self.mean, self.abar, self.config = mean.double(), abar.double(), SimpleNamespace(in_channels=1, out_channels=1, sample_size=side)
+        self.values, self.vectors = torch.linalg.eigh(cov.double())
+
+    def forward(self, x_t, t):
+        abar = self.abar[t].unsqueeze(1)
+        gain = abar.sqrt()*self.values/(abar*self.values + 1 - abar)
+        x = (((x_t.flatten(1).double() - abar.sqrt()*self.mean) @ self.vectors)*gain) @ self.vectors.T + self.mean
+        return SimpleNamespace(sample=x.view_as(x_t).to(x_t.dtype))
+
+
+def gaussian(mean, cov, side=8, **kw):
+    "The denoiser of N(mean, cov), and the exact density of what it holds for pictures at its lowest level."
+    scheduler = DDPMScheduler(prediction_type='sample', **kw)
+    abar = scheduler.alphas_cumprod
+    low = (1 - abar[0].double())/abar[0].double()
+    return Denoiser(Best(mean, cov, side, abar), scheduler), torch.distributions.MultivariateNormal(mean.double(), cov.double() + low*torch.eye(side*side))
+
+
+def mixed(scale, seed=0):
+    "A covariance [64, 64] far from diagonal."
+    a = normal(64, 64, seed=seed)/8
+    return scale*(a @ a.T + .3 + .05*torch.eye(64))
+
+
+def hadamard(n): return torch.ones(1, 1) if n == 1 else torch.kron(torch.tensor([[1., 1.], [1., -1.]]), hadamard(n//2))
+def in_bits(nats, D=64): return math.log2(127.5) - nats/(D*math.log(2))
+
+
+@pytest.mark.parametrize('scale, schedule', [(.01, 'linear'), (1., 'linear'), (.1, 'squaredcos_cap_v2')])
+def test_likelihood_of_a_known_gaussian(scale, schedule):
+    "With a full set of orthogonal signs Hutchinson's trace is exact, so that only the steps err: within 1 %, and less with more steps."
+    model, density = gaussian(.3*normal(64, seed=3), mixed(scale), beta_schedule=schedule)
+    x = density.sample((2,)).float().view(2, 1, 8, 8)
+    a, exact = model.abar[0].sqrt(), in_bits(density.log_prob(x.flatten(1).double())).float()
+    def ours(steps): return in_bits(torch.stack([log_likelihood(model, a*x, e.view(1, 1, 8, 8).expand_as(x), steps) for e in hadamard(64)]).mean(0) + 64*a.log())
+    error = (ours(50) - exact).abs().max()
+    assert error < .01*exact.min(), (error, exact)
+    assert (ours(120) - exact).abs().max() < max(error/2, .01)
+
+
+def test_bits_per_dim_with_random_signs():
+    model, density = gaussian(torch.zeros(64), .1*(torch.eye(64) + .2))
+    x = torch.cat([density.sample((3,)).float(), 3*density.sample((1,)).float()]).view(4, 1, 8, 8)
+    bits = bits_per_dim(model, x, range(30))
+    assert bits.shape == (4, 30) and not bits.requires_grad
+    mean, half = interval(bits)
+    exact = in_bits(density.log_prob(x.flatten(1).double())).float()
+    assert ((mean - exact).abs() < half*1.5 + .01*exact).all() and (half < .1*exact).all()
+    assert (mean[3] > mean[:3]).all()   # three times too large is unlikely
+
+
+def test_bits_of_standard_noise_are_the_entropy():
+    "The flow of standard normal data stands still: every step is exact, and the mean over pictures is the entropy."
+    model, density = gaussian(torch.zeros(64), torch.eye(64))
+    x = normal(500, 1, 8, 8)
+    assert bits_per_dim(model, x, steps=5).mean().item() == pytest.approx(in_bits(-density.entropy().item()), abs=.02)
+
+
+def test_bits_depend_on_the_seed_alone():
+    model, _ = gaussian(torch.zeros(64), mixed(.1))
+    x = .3*normal(3, 1, 8, 8)
+    bits = bits_per_dim(model, x, [4, 9], steps=10)
+    assert_close(bits_per_dim(model, x[1:2], [9], steps=10)[0, 0], bits[1, 1], atol=1e-4, rtol=0)
+    with torch.no_grad(): assert_close(bits_per_dim(model, x, [4, 9], steps=10), bits)
+    assert (bits[:, 0] != bits[:, 1]).all()
+
+
+def test_a_last_level_without_any_picture_does_no_harm():
+    "Zero terminal SNR: log sigma of the last level is infinite, and left out."
+    model, density = gaussian(torch.zeros(64), .1*torch.eye(64), rescale_betas_zero_snr=True)
+    assert model.abar[-1] < 1e-7
+    x = density.sample((4,)).float().view(4, 1, 8, 8)
+    noisy = bits_per_dim(model, x, range(4), steps=100).mean(1)
+    assert_close(noisy, in_bits(density.log_prob(x.flatten(1).double())).float(), rtol=.01, atol=0)
+
+
+def test_likelihood_of_the_built_in_model():
+    "Its own picture is likelier than that picture with noise on it."
+    x = model().sample([3], steps=10)
+    bits = bits_per_dim(model(), torch.cat([x, (x + .2*normal(*x.shape)).clamp(-1, 1)]), steps=8)[:, 0]
+    assert bits.isfinite().all() and bits[1] > bits[0] + 1
+    assert all(p.grad is None for p in model().net.parameters())
+
+
+def test_denoising_error_by_loops():
+    model, _ = gaussian(torch.zeros(64), mixed(.2))
+    x, levels, noises = .4*normal(3, 1, 8, 8), (10, 300, 999), (2, 7)
+    errors = denoising_error(model, x, levels, noises)
+    assert errors.shape == (3, 3, 2)
+    for i, t in enumerate(levels):
+        for k, seed in enumerate(noises):
+            eps = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed))
+            for j in range(3):
+                x_t = model.abar[t].sqrt()*x[j] + (1 - model.abar[t]).sqrt()*eps
+                assert errors[i, j, k].item() == pytest.approx((model.predict(x_t[None], t)[0] - x[j]).square().mean().item(), rel=1e-4)
+
+
+def test_denoising_error_of_a_gaussian_is_its_posterior_variance():
+    model, _ = gaussian(torch.zeros(64), .25*torch.eye(64))
+    errors = denoising_error(model, .5*normal(200, 1, 8, 8), (100, 500, 900), range(20)).mean((1, 2))
+    assert_close(errors, torch.stack([1/(4 + model.snr(t)) for t in (100, 500, 900)]), rtol=.05, atol=0)
+    assert errors[0] < errors[1] < errors[2]
+
+
+@pytest.mark.parametrize('level', [-1, 1000])
+def test_denoising_error_of_a_level_that_does_not_exist(level):
+    with pytest.raises(ValueError, match='does not exist'): denoising_error(model(), faces(1), [level], [0])
