@@ -99,7 +99,9 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
     ("forget --model faces --seed 1 --rank -1 --out {}/o", "-1"), ("forget --model faces --seed 1 --hotfix {}/empty --out {}/o", "card.json"),
     ("forget --model faces --seed 1 --cache {}/text.png --out {}/o", "text.png"), ("forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o", "folder that does not exist"),
     ("train --data {}/empty --out {}/o --minutes 1", "empty"), ("train --data faces --out {}/full --minutes 1", "full"), ("train --data faces --out {}/o --minutes 0", "0"),
-    ("train --data faces --size 30 --out {}/o --minutes 1", "30")])
+    ("train --data faces --size 30 --out {}/o --minutes 1", "30"),
+    ("leaderboard --methods nobody --out {}/o", "nobody"), ("leaderboard --seeds 200:202 --out {}/o", "200"), ("leaderboard --seeds x --out {}/o", "x"), ("leaderboard --budget 0 --out {}/o", "0"),
+    ("leaderboard --out {}/full", "no board"), ("leaderboard --out {}/no/such/o", "no folder"), ("leaderboard --model nobody --out {}/o", "nobody")])
 def test_bad_input_is_one_sentence_and_leaves_nothing(args, says, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("full", "empty"): (tmp_path/name).mkdir()
@@ -127,7 +129,7 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"], ["bench"]])
+@pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"], ["bench"], ["leaderboard"]])
 def test_help(args, capsys):
     main([*args, "--help"])
     out = capsys.readouterr().out

@@ -22,7 +22,8 @@ FLOORS = [  # imports go from a later line to an earlier one, and never sideways
     ['denoiser', 'weights', 'surgery'],
     ['zoo', 'surrogates', 'retain', 'hotfix', 'metrics', 'train'],
     ['unlearn', 'audit'],
-    ['report', 'baselines', 'bench'],
+    ['report', 'bench'],
+    ['baselines'],
     ['cli', 'studio'],
 ]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_folder', 'parse_seeds', 'with_hotfixes', 'forget_one', 'cli', 'demo', 'forget', 'sample', 'train', 'bench',
-           'main']
+           'leaderboard', 'main']
 
 # %% ../nbs/16_cli.ipynb #d10159c7
 import shutil
@@ -166,11 +166,28 @@ def bench(model, as_json):
     result = bench(*subject(model))
     click.echo(json.dumps(result, indent=1) if as_json else table(result))
 
+@cli.command()
+@click.option("--model", default="faces", show_default=True, help="'faces', a diffusers folder, or a hub id.")
+@click.option("--methods", help="Names, separated by commas, as `ours,ReTrack`.  [default: all]")
+@click.option("--seeds", default="100:106", show_default=True, help="Seeds of the test, a range or a list.")
+@click.option("--tuning", default="200:202", show_default=True, help="Seeds on which the settings are chosen.")
+@click.option("--budget", type=click.IntRange(min=1), default=50, show_default=True, help="Steps of a run.")
+@click.option("--out", type=click.Path(), required=True, help="Folder to write; a stopped board goes on from there.")
+def leaderboard(model, methods, seeds, tuning, budget, out):
+    "Compare ways to forget: same model, requests, work and size of search for all."
+    from unlearn_nb.baselines import METHODS, board_table, leaderboard
+    from unlearn_nb.zoo import load
+    out, chosen = Path(out), [name.strip() for name in methods.split(",")] if methods else list(METHODS)
+    if out.exists() and not (out.is_dir() and ((out / "rows").is_dir() or not any(out.iterdir()))): raise ValueError(f"--out {str(out)!r} exists and holds no board; give another name or empty it")
+    if not out.parent.is_dir(): raise ValueError(f"--out {str(out)!r}: there is no folder {str(out.parent)!r}; make it first")
+    results = leaderboard(load(model), out, chosen, parse_seeds(seeds), parse_seeds(tuning), budget, click.echo)
+    click.echo(board_table(results) + f"\nwritten to {out}")
+
 # %% ../nbs/16_cli.ipynb #a16d8181
 def main(args=None):
     "The command: bad input is one sentence on stderr and exit code 2."
     try: return cli(args, prog_name="unlearn_nb", standalone_mode=False)
-    except click.Abort: message, code = "stopped; nothing was written but the --checkpoint file, if one was given: the same command goes on from there", 130
+    except click.Abort: message, code = "stopped; nothing was written but the --checkpoint file, if one was given, or the rows of a board: the same command goes on from there", 130
     except click.ClickException as e: message, code = e.format_message(), e.exit_code
     except (ValueError, OSError) as e: message, code = str(e).partition("] ")[2] or str(e), 2   # an OSError begins with its number, "[Errno 28] "
     except FloatingPointError as e: message, code = str(e), 1

@@ -41,11 +41,11 @@ def recalled(denoiser, earlier, steps=25):
     images = [denoiser.encode([r.image]) for r in earlier]
     return [similarity(denoiser.sample([r.seed], steps) if r.seed is not None else denoiser.reconstruct(x, 250, [0], steps), x).item() for r, x in zip(earlier, images)]
 
-def evaluate(denoiser, hotfix, requests, reference, earlier=(), **kw):
+def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, **kw):
     """What the model gives without the hotfix and with it, and the report (schema 1) about it: (report, before, after). The denoiser leaves as it came, without this hotfix.
 
-    reference: the model's pictures [N, C, H, W] of still other seeds, for the quality. earlier: requests that must stay forgotten. kw: as for `outputs`. Several requests are averaged."""
-    before, was_recalled = outputs(denoiser, requests, **kw), recalled(denoiser, earlier)
+    reference: the model's pictures [N, C, H, W] of still other seeds, for the quality. earlier: requests that must stay forgotten. before: the `outputs` of the model without the hotfix, if they are known. kw: as for `outputs`. Several requests are averaged."""
+    before, was_recalled = before or outputs(denoiser, requests, **kw), recalled(denoiser, earlier)
     hotfix.apply(denoiser)
     try: after, now_recalled = outputs(denoiser, requests, **kw), recalled(denoiser, earlier)
     finally: hotfix.remove(denoiser)

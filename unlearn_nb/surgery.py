@@ -128,22 +128,24 @@ def inner(g, others):
 def subspace(m=8):
     """A fresh rule: if g_f works against one of the m last retain gradients, the part of g_f in their span is left out; plus g_r (after GEM, OGD).
 
-    It remembers m retain gradients (m times the memory of one), so take a fresh one for every run."""
+    It remembers m retain gradients (m times the memory of one) in its dict `memory` of tensors, so take a fresh one for every run."""
     if m < 1: raise ValueError(f"m is {m}; remember at least 1 retain gradient")
-    past, G = [], torch.zeros(0, 0, dtype=torch.float64)
+    memory = {"count": torch.tensor(0), "products": torch.zeros(m, m, dtype=torch.float64)}   # and "slot.k": tensor k of the unit gradient in a slot
+    def past(like): return [[memory[f"{slot}.{k}"] for k in range(len(like))] for slot in range(min(m, int(memory["count"])))]
     def project(g_f, g_r):
-        nonlocal past, G
         ff, _, rr = products(g_f, g_r)
         if rr:
-            past = ([unit(g_r, rr)] + past)[:m]
-            row, kept = inner(past[0], past), G[:len(past) - 1, :len(past) - 1]
-            G = torch.cat([row[None], torch.cat([row[1:, None], kept], 1)])
-        h = inner(u := unit(g_f, ff), past) if past else torch.zeros(1)
+            slot, memory["count"] = int(memory["count"]) % m, memory["count"] + 1   # the oldest gives way
+            memory.update({f"{slot}.{k}": x for k, x in enumerate(unit(g_r, rr))})
+            row = inner(past(g_r)[slot], past(g_r))
+            memory["products"][slot, :len(row)] = memory["products"][:len(row), slot] = row
+        kept = past(g_r)
+        G, h = memory["products"][:len(kept), :len(kept)], inner(u := unit(g_f, ff), kept) if kept else torch.zeros(1)
         if not (h < 0).any(): return combine(1, g_f, 1, g_r)
-        for c, r in zip((torch.linalg.pinv(G, rtol=1e-6, hermitian=True) @ h).tolist(), past): torch._foreach_add_(u, r, alpha=-c)
+        for c, r in zip((torch.linalg.pinv(G, rtol=1e-6, hermitian=True) @ h).tolist(), kept): torch._foreach_add_(u, r, alpha=-c)
         d = one_sided([times(x, math.sqrt(ff)) for x in u], g_r)   # nothing left to take; but exactly so for the present g_r
         return [x.to(torch.result_type(f, r)) for x, f, r in zip(d, g_f, g_r)]
-    project.__name__ = f"subspace(m={m})"
+    project.__name__, project.memory = f"subspace(m={m})", memory
     return project
 
 # %% ../nbs/06_surgery.ipynb #940b1b2b

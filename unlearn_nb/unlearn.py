@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Request', 'Config', 'x0_loss', 'noised_states', 'own_states', 'forget_states', 'Full', 'Lora',
-           'form_of', 'gradient', 'card', 'check', 'default_retain', 'still_forgotten', 'unlearn']
+           'form_of', 'gradient', 'card', 'check', 'Task', 'edit_weigh_project', 'default_retain', 'still_forgotten',
+           'unlearn']
 
 # %% ../nbs/09_unlearn.ipynb #efbad257
 import hashlib
@@ -51,13 +52,13 @@ class Config:
     retain_batch: int = 24         # states of other pictures, per step
     micro_batch: int = 32          # most states that go through the net at once; fewer: less memory, the same result
     lr: float = 3e-3               # of Adam, at its highest; falls to zero along a cosine
-    weight: object = partial(weights.p2, gamma=.5)   # w(snr) of the forget loss; a name of room `weights` or a callable
+    weight: str = "unit_eps"       # w(snr) of the forget loss; a name of room `weights` or a callable
     retain_weight: str = "unit_v"  # w(snr) of the retain loss
     surgery: str = "symmetric"     # how the two gradients meet; a name of room `surgery` or a callable
     whiten: float = .01            # damping of the free directions (room `retain`); 0: all directions alike
     rank: int = 0                  # 0: whole weights change; r: a LoRA of rank r, in which nothing is whitened
     t_max: int = 550               # the forget image is noised to levels below this
-    own_share: float = .375        # share of the forget batch on the seed's own path, where a seed is known
+    own_share: float = .5          # share of the forget batch on the seed's own path, where a seed is known
     way_share: float = .5          # share of the forget batch that is moved some way to the surrogate
     retain_images: int = 64        # paths of the base model, seeds 100,000 and up
     near_images: int = 16          # and those of `pool` further seeds whose pictures are nearest to the forget image
@@ -86,9 +87,9 @@ def x0_loss(denoiser, x_t, t, goal, w):
 
 # %% ../nbs/09_unlearn.ipynb #cc12a10c
 def noised_states(denoiser, x_f, x_s, n, t_max, g, u=0.):
-    "n states (x_t, t, goal): forget images x_f [R, C, H, W], or what lies u of the way from there to the surrogates x_s, noised to levels spread evenly below t_max; goals are the surrogates."
+    "n states (x_t, t, goal): forget images x_f [R, C, H, W], or what lies u of the way from there to the surrogates x_s, noised to levels t_max u^1.5, u spread evenly over [0, 1); goals are the surrogates."
     k = torch.randint(len(x_f), (n,), generator=g)
-    t = ((torch.arange(n) + torch.rand(n, generator=g)) / n * t_max).long().clamp(max=t_max - 1).to(x_f.device)
+    t = (((torch.arange(n) + torch.rand(n, generator=g)) / n) ** 1.5 * t_max).long().clamp(max=t_max - 1).to(x_f.device)
     return denoiser.noise(x_f[k] + u * (x_s[k] - x_f[k]), torch.randn((n, *denoiser.shape), generator=g).to(x_f.device), t), t, x_s[k]
 
 def own_states(denoiser, requests, x_s, steps):
@@ -167,33 +168,35 @@ def form_of(denoiser, retain, cfg):
 # %% ../nbs/09_unlearn.ipynb #f4f577d6
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-def gradient(denoiser, batch, w, form, cfg, state):
-    "Mean loss of a batch (x_t, t, goal), and its gradient for `form.params`: in pieces, over all processes, float32 and unscaled."
+def gradient(denoiser, batch, w, form, cfg, state, loss=x0_loss):
+    "Mean loss(denoiser, *batch, w) of a batch (x_t, t, goal), and its gradient for `form.params`: in pieces, over all processes, float32 and unscaled."
     n, dtype = len(batch[1]), PRECISIONS[cfg.precision]
     up = min(batch[0].numel(), 2 ** 12) if cfg.precision == "fp16" else 1.
-    total, loss = [torch.zeros_like(w, dtype=torch.float32) for w in form.weights], torch.zeros((), device=denoiser.device)
+    total, mean = [torch.zeros_like(w, dtype=torch.float32) for w in form.weights], torch.zeros((), device=denoiser.device)
     mine = torch.arange(n)[state.process_index::state.num_processes]
     for rows in mine.split(cfg.micro_batch) if len(mine) else ():
         with torch.autocast(denoiser.device.type, dtype) if dtype else nullcontext():
-            part = x0_loss(denoiser, *(v[rows.to(v.device)] for v in batch), w) * (len(rows) / n)
+            part = loss(denoiser, *(v[rows.to(v.device)] for v in batch), w) * (len(rows) / n)
         torch._foreach_add_(total, [g.float() for g in autograd.grad(part * up, form.weights)], alpha=1 / up)
-        loss += part.detach()
-    if state.num_processes > 1: loss, total = reduce(loss, "sum"), reduce(total, "sum")
-    return loss.item(), form.pull(total)
+        mean += part.detach()
+    if state.num_processes > 1: mean, total = reduce(mean, "sum"), reduce(total, "sum")
+    return mean.item(), form.pull(total)
 
 # %% ../nbs/09_unlearn.ipynb #6be055dc
-def named(v): return v if isinstance(v, (int, float, str)) else getattr(v, "__name__", repr(v))
+def named(v):
+    if isinstance(v, partial): return f"{v.func.__name__}({', '.join(f'{k}={x}' for k, x in v.keywords.items())})"
+    return v if isinstance(v, (int, float, str)) else getattr(v, "__name__", repr(v))
 
 def sha(image): return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 # %% ../nbs/09_unlearn.ipynb #c95504d5
-def card(denoiser, requests, cfg, log, seconds):
+def card(denoiser, requests, cfg, log, seconds, method):
     "Which base, which requests, which settings, what it cost: the `card` of a `Hotfix`."
     cuda = denoiser.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
     return {"schema": 1, "base": {"id": denoiser.name, "revision": denoiser.revision, "sha256": fingerprint(denoiser, base=True)}, "on": [h.id for h in denoiser.hotfixes],
         "requests": [{"forget_sha256": sha(r.image), "surrogate_sha256": sha(r.surrogate), "seed": r.seed, "prompt": None} for r in requests],
-        "config": {k: named(v) for k, v in vars(cfg).items()}, "log": log,
+        "method": named(method), "config": {k: named(v) for k, v in vars(cfg).items()}, "log": log,
         "cost": {"steps": cfg.steps, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 1e6), "device": torch.cuda.get_device_name() if cuda else "cpu"},
         "versions": {"unlearn_nb": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}}
 
@@ -212,7 +215,6 @@ def check(denoiser, requests, cfg, checkpoint=None):
         if not getattr(cfg, name) >= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be 0 or more")
     if cfg.precision not in PRECISIONS: raise ValueError(f"precision {cfg.precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     if checkpoint and not Path(checkpoint).resolve().parent.is_dir(): raise ValueError(f"the checkpoint {str(checkpoint)!r} would lie in a folder that does not exist; make the folder first")
-    if checkpoint and str(cfg.surgery).startswith("subspace"): raise ValueError("the surgery 'subspace' remembers gradients that a checkpoint does not hold; leave out the checkpoint, or take another surgery")
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
 
 # %% ../nbs/09_unlearn.ipynb #a0efd237
@@ -222,19 +224,20 @@ def alike(a, b):
     return isclose(a, b, rel_tol=1e-4) if isinstance(a, float) and isinstance(b, float) else a == b
 
 # %% ../nbs/09_unlearn.ipynb #166634ea
-def about(denoiser, requests, earlier, retain, cfg):
-    "What a run is about, field by field: settings, weights, requests, what must stay."
+def about(denoiser, requests, earlier, retain, cfg, method):
+    "What a run is about, field by field: settings, method, weights, requests, what must stay."
     def content(part): return [*part.levels.tolist(), *(v.square().mean().item() for v in (part.x_t, part.goal))] if isinstance(part, States) else [[share, content(p)] for share, p in part]
-    return {k: named(v) for k, v in vars(cfg).items()} | {"weights of the model": fingerprint(denoiser), "requests": [[sha(r.image), sha(r.surrogate), r.seed] for r in requests],
+    return {k: named(v) for k, v in vars(cfg).items()} | {"method": named(method), "weights of the model": fingerprint(denoiser), "requests": [[sha(r.image), sha(r.surrogate), r.seed] for r in requests],
         "earlier requests": [sha(r.image) for r in earlier], "what must stay": content(retain)}
 
-def save_checkpoint(file, topic, step, log, form, opt):
+def save_checkpoint(file, topic, step, log, form, opt, direction):
     "Write all that step number `step` depends on."
     kept = {f"param.{k}": v for k, v in enumerate(form.params)} | {f"{name}.{k}": v for k, p in enumerate(form.params) for name, v in opt.state[p].items()}
     kept |= {f"{name}.{k}": v for k, B in enumerate(form.bases) if B for name, v in vars(B).items()}   # a direction is a matter of rounding where prices are equal
+    kept |= {f"memory.{k}": v for k, v in getattr(direction, "memory", {}).items()}
     write(file, save({k: v.detach().cpu().contiguous() for k, v in kept.items()}, {"about": json.dumps(topic), "step": str(step), "log": json.dumps(log)}))
 
-def load_checkpoint(file, topic, form, opt):
+def load_checkpoint(file, topic, form, opt, direction):
     "Go on from a checkpoint: (step, log), with form and opt as they were; (0, []) if there is none. ValueError, with the field named, if it is about something else."
     if not Path(file).exists(): return 0, []
     try:
@@ -247,9 +250,36 @@ def load_checkpoint(file, topic, form, opt):
         for k, p in enumerate(form.params):
             p.copy_(kept[f"param.{k}"])
             opt.state[p] = {name: kept[f"{name}.{k}"].to(p.device if name != "step" else "cpu") for name in ("step", "exp_avg", "exp_avg_sq")}
+    getattr(direction, "memory", {}).update({k.removeprefix("memory."): v.to(form.params[0].device) if k.count(".") > 1 else v for k, v in kept.items() if k.startswith("memory.")})
     form.bases = [B and Basis(**{name: kept[f"{name}.{k}"].to(v) for name, v in vars(B).items()}) for k, B in enumerate(form.bases)]
     form.push()
     return head["step"], head["log"]
+
+# %% ../nbs/09_unlearn.ipynb #c09a7a01
+@dataclass(frozen=True)
+class Task:
+    "What a method works on: forget images x_f and surrogates x_s [R, C, H, W], the model's own paths to x_f (or None), what must stay, and what moves."
+    denoiser: object
+    x_f: torch.Tensor
+    x_s: torch.Tensor
+    own: States | None
+    retain: object
+    form: object
+    cfg: Config
+    state: PartialState
+
+    def gradient(self, batch, w, loss=x0_loss): return gradient(self.denoiser, batch, w, self.form, self.cfg, self.state, loss)
+
+def edit_weigh_project(task):
+    "The method of this package, a function (step, generator) -> (gradient for `form.params`, what to log); `memory` holds what the surgery remembers."
+    cfg, w_f, w_r, project = task.cfg, weights.get(task.cfg.weight), weights.get(task.cfg.retain_weight), surgery.get(task.cfg.surgery)
+    def direction(step, g):
+        loss_f, g_f = task.gradient(forget_states(task.denoiser, task.x_f, task.x_s, task.own, cfg, g), w_f)
+        loss_r, g_r = task.gradient(draw(task.retain, cfg.retain_batch, g), w_r)
+        ff, fr, rr = surgery.products(g_f, g_r)
+        return (project if step else surgery.plain)(g_f, g_r), {"forget": loss_f, "retain": loss_r, "cosine": fr / sqrt(ff * rr) if ff * rr else 0., "ratio": sqrt(ff / rr) if rr else None}
+    direction.memory = getattr(project, "memory", {})
+    return direction
 
 # %% ../nbs/09_unlearn.ipynb #8c787f0c
 def paths(denoiser, seeds, steps, cache=None):
@@ -283,41 +313,39 @@ def still_forgotten(denoiser, earlier, cfg):
     return [(1, again), (1, generate(denoiser, seeds, cfg.sampling_steps))] if seeds else [(1, again)]
 
 # %% ../nbs/09_unlearn.ipynb #c5caccc1
-def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None):
+def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project):
     """Make noised versions of each request's image lead to its surrogate, and leave all else as it is: returns a `Hotfix`, not yet applied.
 
     retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`). earlier: requests whose hotfixes are on the model, to stay forgotten.
-    checkpoint: a file to go on from if it exists, written every 10 steps. The denoiser comes back as it was, bit for bit. Under `accelerate launch` the processes share each batch.
+    checkpoint: a file to go on from if it exists, written every 10 steps. method: another way to a step's gradient (room `baselines`). The denoiser comes back as it was, bit for bit. Under `accelerate launch` the processes share each batch.
     FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work."""
     check(denoiser, [*requests, *earlier] if requests else [], cfg, checkpoint)
     start, state = time.monotonic(), PartialState(cpu=denoiser.device.type == "cpu")
     retain = retain or default_retain(denoiser, requests, cfg)
     if earlier: retain = [(3, retain), (1, still_forgotten(denoiser, earlier, cfg))]
     x_f, x_s = (denoiser.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
-    own, topic = own_states(denoiser, requests, x_s, cfg.sampling_steps), about(denoiser, requests, earlier, retain, cfg) if checkpoint else None
-    w_f, w_r, project = weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
+    own, topic = own_states(denoiser, requests, x_s, cfg.sampling_steps), about(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
     form = form_of(denoiser, retain, cfg)
     opt = torch.optim.Adam(form.params, lr=cfg.lr, eps=1e-7)   # a gradient far below that is rounding
     if saving := cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing: denoiser.net.enable_gradient_checkpointing()
     try:
-        first, log = load_checkpoint(checkpoint, topic, form, opt) if checkpoint else (0, [])
+        direction = method(Task(denoiser, x_f, x_s, own, retain, form, cfg, state))
+        first, log = load_checkpoint(checkpoint, topic, form, opt, direction) if checkpoint else (0, [])
         for step in (bar := tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not state.is_main_process)):
             g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
-            loss_f, g_f = gradient(denoiser, forget_states(denoiser, x_f, x_s, own, cfg, g), w_f, form, cfg, state)
-            loss_r, g_r = gradient(denoiser, draw(retain, cfg.retain_batch, g), w_r, form, cfg, state)
-            ff, fr, rr = surgery.products(g_f, g_r)
-            for p, d in zip(form.params, project(g_f, g_r) if step else surgery.plain(g_f, g_r)): p.grad = d   # at first g_r is rounding, no direction
+            gradients, seen = direction(step, g)
+            for p, d in zip(form.params, gradients): p.grad = d
             norm = torch.nn.utils.clip_grad_norm_(form.params, cfg.clip)
             if not norm.isfinite():
-                if checkpoint and step and state.is_main_process: save_checkpoint(checkpoint, topic, step, log, form, opt)
+                if checkpoint and step and state.is_main_process: save_checkpoint(checkpoint, topic, step, log, form, opt, direction)
                 raise FloatingPointError(f"the gradient is not finite at step {step}; the model is as it was before the run{f', the steps before it are kept in {str(checkpoint)!r}' if checkpoint and step else ''}; start anew with a smaller lr than {cfg.lr:g}{', and another checkpoint' if checkpoint and step else ''}")
             opt.param_groups[0]["lr"] = cfg.lr * .5 * (1 + cos(pi * step / cfg.steps))
             opt.step(), form.push()
-            log.append({"forget": loss_f, "retain": loss_r, "cosine": fr / sqrt(ff * rr) if ff * rr else 0., "ratio": sqrt(ff / rr) if rr else None})
-            bar.set_postfix_str("forget {forget:.3f}, retain {retain:.3f}, cosine {cosine:+.2f}".format(**log[-1]), refresh=False)
-            if checkpoint and state.is_main_process and (step % 10 == 9 or step == cfg.steps - 1): save_checkpoint(checkpoint, topic, step + 1, log, form, opt)
+            log.append(seen)
+            bar.set_postfix_str(", ".join(f"{k} {v:+.3f}" for k, v in seen.items() if k != "ratio"), refresh=False)
+            if checkpoint and state.is_main_process and (step % 10 == 9 or step == cfg.steps - 1): save_checkpoint(checkpoint, topic, step + 1, log, form, opt, direction)
         delta = form.delta()
     finally:
         form.restore()
         if saving: denoiser.net.disable_gradient_checkpointing()
-    return Hotfix(delta, card(denoiser, requests, cfg, log, time.monotonic() - start))
+    return Hotfix(delta, card(denoiser, requests, cfg, log, time.monotonic() - start, method))
