@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'Request', 'Config', 'x0_loss', 'noised_states', 'own_states', 'forget_states', 'Full', 'Lora',
-           'form_of', 'gradient', 'card', 'check', 'Task', 'edit_weigh_project', 'default_retain', 'still_forgotten',
-           'unlearn']
+           'form_of', 'gradient', 'Task', 'edit_weigh_project', 'default_retain', 'still_forgotten', 'unlearn']
 
 # %% ../nbs/09_unlearn.ipynb #efbad257
 import hashlib
