@@ -147,10 +147,9 @@ def test_retrack_has_the_gradient_of_its_sum_of_squares(task):
 
 
 def test_erasediff_never_improves_forgetting_less_than_it_says(task):
-    eta, g_u = .1, None
+    eta = .1
     d, _ = erasediff(task, eta)(1, gen(3))
-    g = gen(3)
-    _, g_u = task.gradient(noise_states(task.denoiser, task.x_f, 4, g), unit_eps)
+    _, g_u = task.gradient(noise_states(task.denoiser, task.x_f, 4, gen(3)), unit_eps)
     assert (flat(d) @ flat(g_u)/flat(g_u).square().sum()).item() >= eta - 1e-4
 
 
@@ -202,7 +201,7 @@ def test_no_edit_points_at_a_kept_picture(task, monkeypatch):
 
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_runs_and_does_the_same_work(name):
-    "States through the net in a step: 8; SISS, whose states go back twice, 4 (4 forward + 8 back = 12 units, below the 16 of eight pairs' halves and 24 of all)."
+    "States through the net in a step: 8 (forward 1, back 2: 24 units of work); SISS, whose states go back twice, 4 (5 units each: 20)."
     model, request, retain = setting()
     before, rows = {k: v.clone() for k, v in model.net.state_dict().items()}, []
     hook = model.net.register_forward_hook(lambda net, inputs, out: rows.append(len(inputs[0])) if torch.is_grad_enabled() else None)
@@ -210,7 +209,7 @@ def test_every_method_runs_and_does_the_same_work(name):
     known = set(vars(RAW))
     method = partial(method, **{k: v for k, v in own.items() if k not in known})
     try:
-        first, = (unlearn(model, [request], retain, replace(RAW, steps=steps), method=method) for steps in (1,))
+        unlearn(model, [request], retain, replace(RAW, steps=1), method=method)
         one, rows[:] = sum(rows), []
         fix = unlearn(model, [request], retain, replace(RAW, steps=3), method=method)
     finally: hook.remove()
@@ -253,8 +252,7 @@ def row(F=(.8, None), psnr=30., **kw): return {"F": list(F), "psnr_median": psnr
 
 def test_merit_follows_the_rule():
     assert merit([row((.9,), 25)]) > merit([row((.6,), 40)]) and merit([row((.9,), 25)]) < merit([row((.75,), 26)])
-    assert merit([row(), {"diverged": "at step 3"}]) < merit([row((-3.,), 5)]) or merit([row(), {"diverged": "x"}]) == (-1., 0.)
-    assert merit([row(psnr=float("nan"))]) == (-1., 0.) and forgotten(row((.8, None, .3))) == .3
+    assert merit([row(), {"diverged": "at step 3"}]) == (-1., 0.) and forgotten(row((.8, None, .3))) == .3
 
 
 def test_summary_and_table():

@@ -78,11 +78,15 @@ class Config:
         "The preset for a model of that size: as it is up to 20 M weights, above that `t4`."
         return (cls.t4 if sum(w.numel() for w in denoiser.net.parameters()) > 20e6 else cls)(**kw)
 
+# %% ../nbs/09_unlearn.ipynb #c09a7a03
+def x0_error(denoiser, out, x_t, t, goal, w):
+    "w(snr) (x0_hat - goal)^2, value by value, of a net's output `out` at states x_t, levels t [B]; all others [B, C, H, W]."
+    return w(denoiser.snr(t)).view(-1, 1, 1, 1) * denoiser.gain(t) ** 2 * (out - denoiser.target(x_t, goal, t)).square()
+
 # %% ../nbs/09_unlearn.ipynb #8d9443c4
 def x0_loss(denoiser, x_t, t, goal, w):
     "Mean of w(snr) (x0_hat(x_t) - goal)^2 over a batch: x_t, goal [B, C, H, W], t [B]."
-    scale = w(denoiser.snr(t)).view(-1, 1, 1, 1) * denoiser.gain(t) ** 2
-    return (scale * (denoiser(x_t, t) - denoiser.target(x_t, goal, t)).square()).mean()
+    return x0_error(denoiser, denoiser(x_t, t), x_t, t, goal, w).mean()
 
 # %% ../nbs/09_unlearn.ipynb #cc12a10c
 def noised_states(denoiser, x_f, x_s, n, t_max, g, u=0.):
