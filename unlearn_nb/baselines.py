@@ -372,10 +372,11 @@ CHANCE = 13.   # dB between pictures of different seeds: nothing is kept
 
 def board_table(results):
     "The board as text; results: {method: {setting, rows}}."
+    def margin(v): return f" +- {v:4.2f}" if v == v else " " * 8      # one row has no spread
     lines = [f"{'':18}  forgotten (least F)   kept: PSNR, dB   5 %  cosine   KID change   area   core s   setting"]
     for name, result in sorted(results.items(), key=lambda item: -((summary(item[1]["rows"]) or {"area": -1})["area"])):
         m, setting = summary(result["rows"]), ", ".join(f"{k}={v}" for k, v in result["setting"].items() if k != "whiten")
-        lines.append(f"{name:18}  diverged on every test seed   {setting}" if m is None else f"{name:18}      {m['F']:.2f} +- {m['F_width']:.2f}       {m['psnr_median']:5.1f} +- {m['psnr_width']:3.1f}  {m['psnr_p5']:5.1f}   {m['cosine_median']:.3f}      {m['kid_change']:+.3f}   {m['area']:5.1f}    {m['core_seconds']:4.0f}   {setting}")
+        lines.append(f"{name:18}  diverged on every test seed   {setting}" if m is None else f"{name:18}      {m['F']:.2f}{margin(m['F_width'])}       {m['psnr_median']:5.1f}{margin(m['psnr_width'])}  {m['psnr_p5']:5.1f}   {m['cosine_median']:.3f}      {m['kid_change']:+.3f}   {m['area']:5.1f}    {m['core_seconds']:4.0f}   {setting}")
     return "\n".join(lines)
 
 # %% ../nbs/12_baselines.ipynb #ba5f001a
