@@ -2,7 +2,6 @@
 import json
 from dataclasses import replace
 from functools import partial
-from itertools import count
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from torch.testing import assert_close
 from test_unlearn import TINY, gen, norm, refused, request_of, setting, tiny
 
 from unlearn_nb import baselines
-from unlearn_nb.baselines import (METHODS, RULE, Board, board_table, climb, compete, concept_cut, cut_loss, erasediff, fisher, forgotten, importance, leaderboard, merit, neggrad,
+from unlearn_nb.baselines import (METHODS, RULE, Board, board_table, climb, compete, concept_cut, cut_loss, erasediff, fisher, forgotten, further, importance, leaderboard, merit, neggrad,
                                   no_edit, noise_states, ordinary, pictures, restrict, salient, salun, selective_amnesia, spread, summary, towards)
 from unlearn_nb.surgery import symmetric
 from unlearn_nb.unlearn import Full, Task, own_states, unlearn
@@ -213,12 +212,12 @@ def test_every_method_runs_and_does_the_same_work(name):
         one, rows[:] = sum(rows), []
         fix = unlearn(model, [request], retain, replace(RAW, steps=3), method=method)
     finally: hook.remove()
-    assert sum(rows) - one == 2*(8 if "SISS" not in name or name == "SISS, no IS" else 8*3//5)
+    assert sum(rows) - one == 2*(8 if "SISS" not in name or name == "SISS without IS" else 8*3//5)
     assert any(v.any() for v in fix.delta.values()) and all(torch.equal(v, model.net.state_dict()[k]) for k, v in before.items())
     assert len(fix.card["log"]) == 3
 
 
-@pytest.mark.parametrize("name", ["SISS", "SISS, no IS", "Selective Amnesia"])
+@pytest.mark.parametrize("name", ["SISS", "SISS without IS", "Selective Amnesia"])
 def test_a_rival_goes_on_bit_for_bit(name, tmp_path):
     "What a method remembers is in the checkpoint."
     model, request, retain = setting()
@@ -247,7 +246,7 @@ def test_eight_settings_each(name):
 
 # --- the board ---
 
-def row(F=(.8, None), psnr=30., **kw): return {"F": list(F), "psnr_median": psnr, "psnr_p5": psnr - 5, "cosine_median": .9, "kid_before": 0., "kid_after": .01, "core_seconds": 1., "evaluations": 8, "setting": {}} | kw
+def row(F=(.8, None), psnr=30., **kw): return {"forget": {"reconstruction": [{"F": f} for f in F[1:]], "same_seed": {"F": F[0]}}, "psnr_median": psnr, "psnr_p5": psnr - 5, "cosine_median": .9, "kid_before": 0., "kid_after": .01, "core_seconds": 1., "evaluations": 8, "setting": {}} | kw
 
 
 def test_merit_follows_the_rule():
@@ -259,7 +258,7 @@ def test_summary_and_table():
     m = summary([row((.8,), 30), row((1.2,), 34), {"diverged": "at step 1"}])
     assert m["F"] == pytest.approx(.9) and m["psnr_median"] == pytest.approx(32) and m["kid_change"] == pytest.approx(.01) and summary([{"diverged": ""}]) is None
     lines = board_table({"a": {"setting": {"lr": 1., "whiten": 0.}, "rows": [row(psnr=20), row(psnr=21)]}, "ours": {"setting": {}, "rows": [row(), row()]}, "b": {"setting": {}, "rows": [{"diverged": ""}]}}).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["ours", "a", "b"] and "lr=1.0" in lines[2] and "whiten" not in lines[2] and "diverged" in lines[3]
+    assert [line.split()[0] for line in lines[1:]] == ["ours", "a", "b"] and "lr=1" in lines[2] and "whiten" not in lines[2] and "diverged" in lines[3]
 
 
 @pytest.fixture
@@ -287,27 +286,54 @@ def test_a_board_is_computed_once(small, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt): leaderboard(small, tmp_path, **what)
     assert len(list((tmp_path/"rows").iterdir())) == 5
     results = leaderboard(small, tmp_path, **what)
-    each = 4 + 3 + 2                                  # all settings, the best three again, the test
-    assert len(runs) == 2*each + 1 and leaderboard(small, tmp_path, **what) == results and len(runs) == 2*each + 1
+    each = {name: len(r["search"]) + 2 for name, r in results.items()}                  # all settings and those beyond, the best three again; the test
+    done = sum(each.values())
+    assert all(4 + 3 + 2 <= n <= 4 + 3 + 3 + 2 for n in each.values())
+    assert len(runs) == done + 1 and leaderboard(small, tmp_path, **what) == results and len(runs) == done + 1
     assert {p.name for p in tmp_path.iterdir()} == {"rows", "leaderboard.json", "leaderboard.txt", "leaderboard.png"}
     written = json.loads((tmp_path/"leaderboard.json").read_text())
     assert written["rule"] == RULE and written["results"] == results and written["budget"] == 1
     assert [r["seed"] for r in results["ours"]["rows"]] == [5, 6] and all(r["panel"] == [10, 14] for r in results["ours"]["rows"])
     leaderboard(small, tmp_path, **what | {"budget": 2, "methods": ("naive",)})
-    assert len(runs) == 3*each + 1
+    assert done + 1 + 9 <= len(runs) <= done + 1 + 12
+
+
+def searched(small, tmp_path, monkeypatch, score):
+    "The search of `naive` where a learning rate has the (F, PSNR) that score gives it for a seed: (result, learning rates in the order of their runs)."
+    runs = []
+    def fake(self, name, setting, seed, tuning):
+        runs.append(setting["lr"])
+        F, psnr = score(setting["lr"], seed)
+        return row((F,), psnr, seed=seed, setting=setting)
+    monkeypatch.setattr(Board, "row", fake)
+    return compete(Board(small, tmp_path), "naive", (7, 8), (5,), echo=lambda line: None), runs
 
 
 def test_the_best_setting_is_chosen_by_the_rule(small, tmp_path, monkeypatch):
-    score = {0: (.8, 20.), 1: (.9, 30.), 2: (.2, 50.), 3: (.8, 28.)}
-    calls = count()
-    def fake(self, name, setting, seed, tuning):
-        k = [s["lr"] for s in METHODS["naive"][1]].index(setting["lr"])
-        F, psnr = score[k]
-        next(calls)
-        return row((F,), psnr - 25*(k == 1 and seed == 8), seed=seed, setting=setting)
-    monkeypatch.setattr(Board, "row", fake)
-    rows = compete(Board(small, tmp_path), "naive", (7, 8), (5,), echo=lambda line: None)
-    assert rows[0]["setting"] == METHODS["naive"][1][3] and next(calls) == 4 + 3 + 1
+    rates = [s["lr"] for s in METHODS["naive"][1][:4]]
+    score = dict(zip(rates, ((.2, 50.), (.9, 30.), (.8, 28.), (.8, 20.))))
+    result, runs = searched(small, tmp_path, monkeypatch, lambda lr, seed: (score[lr][0], score[lr][1] - 25*(lr == rates[1] and seed == 8)))
+    assert result["setting"]["lr"] == rates[2] and runs == [*rates, rates[1], rates[2], rates[3], rates[2]]
+    assert [r["setting"]["lr"] for r in result["rows"]] == [rates[2]] and len(result["search"]) == 7
+
+
+@pytest.mark.parametrize("up, expected", [(1, (3, 9, 27)), (-1, (1/3, 1/9, 1/27))])
+def test_a_search_whose_best_lies_at_the_edge_goes_on(small, tmp_path, monkeypatch, up, expected):
+    "At most three further; and it stops where it gets worse."
+    rates = [s["lr"] for s in METHODS["naive"][1][:4]]
+    edge = (max if up > 0 else min)(rates)
+    result, runs = searched(small, tmp_path, monkeypatch, lambda lr, seed: (.9, 30 + up*100*lr))
+    assert runs[4:7] == pytest.approx([edge*k for k in expected]) and len(runs) == 4 + 3 + 3 + 1
+    assert result["setting"]["lr"] == pytest.approx(edge*expected[2])
+    _, runs = searched(small, tmp_path, monkeypatch, lambda lr, seed: (.9, 30 - abs(lr/edge - 1)))
+    assert len(runs) == 4 + 1 + 3 + 1
+
+
+def test_every_coefficient_at_its_edge_is_taken_further():
+    tried = [{"lr": lr, "c": c, "whiten": 0.} for lr in (1., 2., 4.) for c in (12., 24.)]
+    assert further(tried, {"lr": 2., "c": 24., "whiten": 0.}) == [{"lr": 2., "c": 72., "whiten": 0.}]
+    assert further(tried, {"lr": 1., "c": 12., "whiten": 0.}) == [{"lr": 1/3, "c": 12., "whiten": 0.}, {"lr": 1., "c": 4., "whiten": 0.}]
+    assert further(tried + [{"lr": 1., "c": 5.}, {"lr": 1., "c": 40.}], {"lr": 2., "c": 24.}) == []
 
 
 def test_what_cannot_be_compared_is_refused(small, tmp_path):

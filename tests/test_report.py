@@ -8,11 +8,12 @@ from torch.testing import assert_close
 
 from unlearn_nb import report
 from unlearn_nb.hotfix import Hotfix, fingerprint
+from unlearn_nb.metrics import similarity
 from unlearn_nb.unlearn import Request, unlearn
 
 KEYS = dict(report=["schema", "passed", "rule", "base", "requests", "config", "forget", "earlier", "preserve", "quality", "cost", "audit", "versions"],
             base=["id", "revision", "sha256"], request=["forget_sha256", "surrogate_sha256", "seed", "prompt"],
-            row=["t", "to_forget_before", "to_forget_after", "to_surrogate_after", "F"], preserve=["seeds", "psnr_median", "psnr_p5", "cosine_median", "cosine_p5"],
+            row=["t", "to_forget_before", "to_forget_after", "width", "floor", "to_surrogate_after", "F", "control_before", "control_after"], preserve=["seeds", "psnr_median", "psnr_p5", "cosine_median", "cosine_p5"],
             quality=["kid_before", "kid_after"], cost=["steps", "seconds", "peak_memory_mb", "device"])
 FEW = dict(panel=range(20, 24), levels=(100, 400), noises=range(2), steps=4)
 
@@ -31,7 +32,7 @@ def test_schema(run):
     assert list(r) == KEYS["report"] and r["schema"] == 1 and r["audit"] == {}
     for name in ("base", "preserve", "quality", "cost"): assert list(r[name]) == KEYS[name]
     assert list(r["requests"][0]) == KEYS["request"]
-    assert [list(row) for row in r["forget"]["reconstruction"]] == [KEYS["row"]]*2 and list(r["forget"]["same_seed"]) == KEYS["row"][1:]
+    assert [list(row) for row in r["forget"]["reconstruction"]] == [KEYS["row"]]*2 and list(r["forget"]["same_seed"]) == KEYS["row"][1:-2]
     assert json.loads(json.dumps(r)) == r and r["preserve"]["seeds"] == [20, 24]
     assert fingerprint(model) == fix.card["base"]["sha256"]
     assert "NOT passed" in report.table(r) and "from t = 400" in report.table(r)
@@ -52,8 +53,23 @@ def test_nothing_changed_is_nothing_reported(run):
     r, before, after = report.evaluate(model, idle, [request], reference, **FEW)
     assert r["preserve"]["psnr_median"] == 100 and not r["passed"]
     assert r["quality"]["kid_before"] == r["quality"]["kid_after"]
-    for row in r["forget"]["reconstruction"]: assert row["F"] in (0, None) and row["to_forget_before"] == row["to_forget_after"]
+    for row in r["forget"]["reconstruction"]: assert row["F"] in (0, None) and row["to_forget_before"] == row["to_forget_after"] and row["control_before"] == row["control_after"]
     assert_close(before["panel"], after["panel"], rtol=0, atol=0)
+
+
+def test_the_control_is_a_picture_of_the_base(run):
+    "The edited model is asked to bring back what the base gave, not what it gives itself; the interval is that of the noises."
+    model, request, fix, reference = run
+    r, before, after = report.evaluate(model, fix, [request], reference, **FEW)
+    control = before["panel"][:1]
+    fix.apply(model)
+    again = {t: model.reconstruct(control, t, range(2), 4) for t in (100, 400)}
+    fix.remove(model)
+    for row in r["forget"]["reconstruction"]:
+        assert_close(after["control"][row["t"]], again[row["t"]])
+        assert row["control_after"] == pytest.approx(similarity(again[row["t"]], control).mean().item(), abs=1e-5)
+        two = similarity(after["reconstruction"][row["t"]], model.encode([request.image])).double()
+        assert row["width"] == pytest.approx(12.706*two.std().item()/2**.5, rel=1e-3) and row["floor"] == pytest.approx(similarity(*model.encode([request.surrogate, request.image]).split(1)).item(), abs=1e-6)
 
 
 def test_without_a_seed_there_is_no_same_seed_row(run):

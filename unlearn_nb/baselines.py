@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'naive', 'neggrad', 'neggrad_retain', 'finetune', 'erasediff', 'salun', 'selective_amnesia', 'siss',
-           'siss_no_is', 'rgd', 'doco', 'retrack', 'no_edit', 'Board', 'leaderboard']
+           'siss_no_is', 'rgd', 'doco', 'retrack', 'paper', 'no_edit', 'Board', 'leaderboard']
 
 # %% ../nbs/12_baselines.ipynb #ba5e0005
 import hashlib
@@ -23,7 +23,7 @@ from torch import autograd
 from .hotfix import fingerprint, write
 from .metrics import interval
 from .report import evaluate, outputs
-from .retain import States, draw, nearest
+from .retain import States, draw, nearest, noised
 from .surgery import against, combine, gram, products
 from .surrogates import propose
 from .unlearn import Config, Request, default_retain, edit_weigh_project, unlearn, x0_error
@@ -240,6 +240,10 @@ def retrack(task, K=10, lam=.005, distil=False):
     return direction
 
 # %% ../nbs/12_baselines.ipynb #ba5e0016
+def paper(task, distil=False):
+    "Edit, weigh, project as the abstract of arXiv 2603.10445 names them, with noised pictures as what must stay; for a `Config` with whiten, own_share and way_share 0 and t_max T."
+    return edit_weigh_project(task if distil else replace(task, retain=noised(task.denoiser, pictures(task.retain), 25, goal="picture")))
+
 def no_edit(task):
     "`edit_weigh_project` with the nearest kept picture as surrogate."
     x = pictures(task.retain)
@@ -264,21 +268,26 @@ METHODS = {                                                                    #
     "SalUn": (salun, every(**TWO, alpha=(1., 30.))),
     "Selective Amnesia": (selective_amnesia, every(**TWO, lam=(10., 1e4))),
     "SISS": (siss, every(**RAW, lr=(2e-4, 8e-4), c=(.03, .1, .3, 1.))),
-    "SISS, t = 999": (partial(siss, t_min=999), every(**RAW, lr=(2e-4, 8e-4), c=(.03, .1, .3, 1.))),
-    "SISS, no IS": (siss_no_is, every(**TWO, c=(.1, .5))),
+    "SISS at t=999": (partial(siss, t_min=999), every(**RAW, lr=(2e-4, 8e-4), c=(.03, .1, .3, 1.))),
+    "SISS without IS": (siss_no_is, every(**TWO, c=(.1, .5))),
     "restricted": (rgd, every(**TWO, alpha=(.1, 1.))),
     "DoCo": (doco, every(**TWO, lam=(1., .3))),
     "ReTrack": (retrack, every(**TWO, lam=(.005, .05))),
+    "paper": (paper, every(**RAW, own_share=(0.,), way_share=(0.,), t_max=(1000,), lr=(2e-4, 8e-4), distil=(False, True), weight=("min_snr", "p2"))),
     "ours": (edit_weigh_project, OURS),
-    "ours, no edit": (no_edit, OURS),
-    "ours, no weight": (edit_weigh_project, [s | {"weight": "unit_v", "t_max": 1000} for s in OURS]),
-    "ours, no surgery": (edit_weigh_project, [s | {"surgery": "plain"} for s in OURS]),
+    "ours without edit": (no_edit, OURS),
+    "ours without weight": (edit_weigh_project, [s | {"weight": "unit_v", "t_max": 1000} for s in OURS]),
+    "ours without surgery": (edit_weigh_project, [s | {"surgery": "plain"} for s in OURS]),
 }
 
 # %% ../nbs/12_baselines.ipynb #ba5e001d
 LEVELS, TUNING, TESTS = (100, 250, 400, 550), (200, 201), tuple(range(100, 106))
 PANELS = {True: range(2000, 2032), False: range(1000, 1032)}                   # other seeds: while tuning, and in the test
-RULE = "eight settings on the first tuning seed, the best three on the second as well, the best of these on the test seeds; better: larger min(least F, .7), then larger median PSNR"
+def text(setting): return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in setting.items() if k != "whiten")
+
+RULE = ("eight settings on the first tuning seed; while the best has the largest or smallest value tried of a coefficient, that value three times further, at most three more; "
+    "the best three on the second seed as well; the best of these on the test seeds; better: larger min(least F, .7), then larger median PSNR")
+COEFFICIENTS = ("lr", "c", "eta", "alpha", "lam")
 
 # %% ../nbs/12_baselines.ipynb #ba5f0016
 class Board:
@@ -326,34 +335,42 @@ def measured(board, method, setting, seed, panel):
     seconds = time.process_time() - begin
     report, _, _ = evaluate(d, fix, [request], reference, before=before, **kw)
     if report["preserve"]["psnr_median"] != report["preserve"]["psnr_median"]: return {"diverged": "the edited model gives numbers that are none"}
-    F = [line["F"] for line in (*report["forget"]["reconstruction"], report["forget"]["same_seed"])]
-    return {"F": F, **{k: v for k, v in report["preserve"].items() if k != "seeds"}, **report["quality"], "core_seconds": seconds, "evaluations": sum(evaluations)}
+    return {"forget": report["forget"], **{k: v for k, v in report["preserve"].items() if k != "seeds"}, **report["quality"], "core_seconds": seconds, "evaluations": sum(evaluations)}
 
 def merit(rows):
     "How good a setting is, by `RULE`: a pair to be compared. rows: of one setting, on one seed or more."
     if any("diverged" in row for row in rows): return -1., 0.
     return sum(min(forgotten(row), .7) for row in rows) / len(rows), sum(row["psnr_median"] for row in rows) / len(rows)
 
-def forgotten(row): return min((v for v in row["F"] if v is not None), default=0.)   # the least F of a row
+def forgotten(row):
+    "The least F of a row, over levels and seed."
+    return min((line["F"] for line in (*row["forget"]["reconstruction"], row["forget"]["same_seed"]) if line["F"] is not None), default=0.)
 
 # %% ../nbs/12_baselines.ipynb #ba5f0018
+def further(settings, best):
+    "Settings beyond the edge: the best one with a coefficient three times further, for each whose value is the largest or smallest of those in settings."
+    return [best | {k: best[k] * times} for k in COEFFICIENTS if k in best for edge, times in ((max, 3), (min, 1 / 3)) if best[k] == edge(s[k] for s in settings)]
+
 def compete(board, name, tuning=TUNING, seeds=TESTS, echo=print):
-    "Search and test one method by `RULE`: its rows on the test seeds, of the setting that was chosen."
-    settings, tried = METHODS[name][1], {}
-    def try_on(chosen, seed):
-        for k in chosen:
-            tried.setdefault(k, []).append(board.row(name, settings[k], seed, True))
-            echo(f"{name}: setting {k + 1} of {len(settings)}, seed {seed}: merit {merit(tried[k])[0]:.2f}, {merit(tried[k])[1]:.1f} dB")
-    def ranked(): return sorted(tried, key=lambda k: merit(tried[k]), reverse=True)
-    try_on(range(len(settings)), tuning[0])
+    "Search and test one method by `RULE`: {setting: the chosen one, rows: its rows on the test seeds, search: all rows on the tuning seeds}."
+    tried, rows = [], []   # tried: a setting's rows on the tuning seeds
+    def run(setting, seed, into, tuning=True):
+        into.append(board.row(name, setting, seed, tuning))
+        echo(f"{name}: {'tuning' if tuning else 'test'} seed {seed}, {text(setting)}: F {min(forgotten(into[-1]), .7):.2f}, {merit(into[-1:])[1]:.1f} dB")
+    def ranked(): return sorted(tried, key=merit, reverse=True)
+    for setting in METHODS[name][1]:
+        tried.append([])
+        run(setting, tuning[0], tried[-1])
+    for _ in range(3):
+        tested = [r[0]["setting"] for r in tried]
+        if not (beyond := further(tested, ranked()[0][0]["setting"])): break
+        tried.append([])
+        run(beyond[0], tuning[0], tried[-1])
     for seed in tuning[1:]:
-        tried = {k: tried[k] for k in ranked()[:3]}
-        try_on(list(tried), seed)
-    best, rows = ranked()[0], []
-    for seed in seeds:
-        rows.append(board.row(name, settings[best], seed, False))
-        echo(f"{name}: test seed {seed}: merit {merit(rows[-1:])[0]:.2f}, {merit(rows[-1:])[1]:.1f} dB")
-    return rows
+        for r in ranked()[:3]: run(r[0]["setting"], seed, r)
+    full = [r for r in ranked() if len(r) == len(tuning)]
+    for seed in seeds: run(full[0][0]["setting"], seed, rows, False)
+    return {"setting": full[0][0]["setting"], "rows": rows, "search": [row for r in tried for row in r]}
 
 # %% ../nbs/12_baselines.ipynb #ba5e001f
 def summary(rows):
@@ -375,7 +392,7 @@ def board_table(results):
     def margin(v): return f" +- {v:4.2f}" if v == v else " " * 8      # one row has no spread
     lines = [f"{'':18}  forgotten (least F)   kept: PSNR, dB   5 %  cosine   KID change   area   core s   setting"]
     for name, result in sorted(results.items(), key=lambda item: -((summary(item[1]["rows"]) or {"area": -1})["area"])):
-        m, setting = summary(result["rows"]), ", ".join(f"{k}={v}" for k, v in result["setting"].items() if k != "whiten")
+        m, setting = summary(result["rows"]), text(result["setting"])
         lines.append(f"{name:18}  diverged on every test seed   {setting}" if m is None else f"{name:18}      {m['F']:.2f}{margin(m['F_width'])}       {m['psnr_median']:5.1f}{margin(m['psnr_width'])}  {m['psnr_p5']:5.1f}   {m['cosine_median']:.3f}      {m['kid_change']:+.3f}   {m['area']:5.1f}    {m['core_seconds']:4.0f}   {setting}")
     return "\n".join(lines)
 
@@ -411,8 +428,7 @@ def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TU
     board = Board(denoiser, folder, budget)
     results = {}
     for name in methods:
-        rows = compete(board, name, tuning, seeds, echo)
-        results[name] = {"setting": rows[0]["setting"], "rows": rows}
+        results[name] = compete(board, name, tuning, seeds, echo)
         write(board.folder / "leaderboard.json", json.dumps({"schema": 1, "rule": RULE, "budget": budget, "results": results}, indent=1).encode())
     write(board.folder / "leaderboard.txt", board_table(results).encode())
     png = BytesIO()

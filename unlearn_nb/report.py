@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .hotfix import write
-from .metrics import describe, drift, kid, relative_forgetting, similarity
+from .metrics import describe, drift, interval, kid, relative_forgetting, similarity
 
 # %% ../nbs/14_report.ipynb #ccedc5b4
 RULE = "F at least 0.7 at every level where it is defined and on the seed; drift: median PSNR at least 26 dB; earlier requests stay forgotten"
@@ -22,18 +22,24 @@ LEVELS = (100, 250, 400)          # where the reconstruction test starts
 PANEL = range(1000, 1064)         # seeds that nobody asked to change
 
 @torch.no_grad()
-def outputs(denoiser, requests, panel=PANEL, levels=LEVELS, noises=range(4), steps=25):
-    "What the model gives now, as clean images: reconstructions {t: [requests * noises, ...]} of the forget images, the requests' own seeds, the panel's seeds."
-    x_f = denoiser.encode([r.image for r in requests])
+def outputs(denoiser, requests, panel=PANEL, levels=LEVELS, noises=range(4), steps=25, control=None):
+    """What the model gives now, as clean images: reconstructions {t: [requests * noises, ...]} of the forget images and of a control, the requests' own seeds, the panel's seeds.
+
+    control: a picture [1, C, H, W] that must come back as before (default: what the model gives for the first seed of the panel)."""
+    x_f, given = denoiser.encode([r.image for r in requests]), denoiser.sample(panel, steps)
     seeds = [r.seed for r in requests if r.seed is not None]
-    return {"reconstruction": {t: torch.cat([denoiser.reconstruct(x[None], t, noises, steps) for x in x_f]) for t in levels},
-            "seed": denoiser.sample(seeds, steps) if seeds else None, "panel": denoiser.sample(panel, steps)}
+    def back(x): return {t: torch.cat([denoiser.reconstruct(y[None], t, noises, steps) for y in x]) for t in levels}
+    return {"reconstruction": back(x_f), "control": back(given[:1] if control is None else control), "seed": denoiser.sample(seeds, steps) if seeds else None, "panel": given}
 
 # %% ../nbs/14_report.ipynb #e11785bc
 def forgetting(x_f, x_s, before, after):
-    "One row of evidence: mean similarities to forget image and surrogate, and F between them. All inputs [B, C, H, W]."
-    floor, was, now = (similarity(x, x_f).mean().item() for x in (x_s, before, after))
-    return {"to_forget_before": was, "to_forget_after": now, "to_surrogate_after": similarity(after, x_s).mean().item(), "F": relative_forgetting(was, now, floor)}
+    """One row of evidence: mean similarities to forget image and surrogate, and F between them. All inputs [B, C, H, W].
+
+    floor: of the surrogate itself. width: half of the 95 % interval of `to_forget_after` over the B noises (None for one)."""
+    again = similarity(after, x_f)
+    floor, was, now = (s.mean().item() for s in (similarity(x_s, x_f), similarity(before, x_f), again))
+    return {"to_forget_before": was, "to_forget_after": now, "width": interval(again.double())[1].item() if len(again) > 1 else None, "floor": floor,
+        "to_surrogate_after": similarity(after, x_s).mean().item(), "F": relative_forgetting(was, now, floor)}
 
 # %% ../nbs/14_report.ipynb #543df67e
 def recalled(denoiser, earlier, steps=25):
@@ -46,14 +52,16 @@ def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, **k
 
     reference: the model's pictures [N, C, H, W] of still other seeds, for the quality. earlier: requests that must stay forgotten. before: the `outputs` of the model without the hotfix, if they are known. kw: as for `outputs`. Several requests are averaged."""
     before, was_recalled = before or outputs(denoiser, requests, **kw), recalled(denoiser, earlier)
+    control = before["panel"][:1]
     hotfix.apply(denoiser)
-    try: after, now_recalled = outputs(denoiser, requests, **kw), recalled(denoiser, earlier)
+    try: after, now_recalled = outputs(denoiser, requests, control=control, **kw), recalled(denoiser, earlier)
     finally: hotfix.remove(denoiser)
     x_f, x_s = (denoiser.encode([getattr(r, k) for r in requests]) for k in ("image", "surrogate"))
     rows = []
     for t, was in before["reconstruction"].items():
         n = len(was) // len(x_f)
-        rows.append({"t": t} | forgetting(x_f.repeat_interleave(n, 0), x_s.repeat_interleave(n, 0), was, after["reconstruction"][t]))
+        rows.append({"t": t} | forgetting(x_f.repeat_interleave(n, 0), x_s.repeat_interleave(n, 0), was, after["reconstruction"][t])
+            | {f"control_{when}": similarity(out["control"][t], control).mean().item() for when, out in (("before", before), ("after", after))})
     seeded = [k for k, r in enumerate(requests) if r.seed is not None]
     same = forgetting(x_f[seeded], x_s[seeded], before["seed"], after["seed"]) if seeded else None
     seeds = list(kw.get("panel", PANEL))
@@ -78,8 +86,10 @@ def table(report):
     def f(v): return "     -" if v is None else f"{v:6.2f}"
     same, keep = report["forget"]["same_seed"], report["preserve"]
     rows = [(f"from t = {r['t']}", r) for r in report["forget"]["reconstruction"]] + ([("same seed", same)] if same else [])
-    lines = ["similarity to the forget image   before   after   to the surrogate        F"]
-    lines += [f"{name:>30} {f(r['to_forget_before'])}  {f(r['to_forget_after'])}             {f(r['to_surrogate_after'])}   {f(r['F'])}" for name, r in rows]
+    def half(v): return " " * 8 if v is None else f" +- {v:4.2f}"
+    lines = ["similarity to the forget image   before    after           floor   to the surrogate        F   control before, after"]
+    lines += [f"{name:>30} {f(r['to_forget_before'])}  {f(r['to_forget_after'])}{half(r['width'])}  {f(r['floor'])}             {f(r['to_surrogate_after'])}   {f(r['F'])}"
+        + (f"           {f(r['control_before'])}  {f(r['control_after'])}" if "control_before" in r else "") for name, r in rows]
     lines += [f"{f'earlier request {k + 1}':>30} {f(r['to_forget_before'])}  {f(r['to_forget_after'])}   must stay forgotten" for k, r in enumerate(report["earlier"])]
     lines += [f"drift of seeds {keep['seeds'][0]} to {keep['seeds'][1] - 1}: PSNR median {keep['psnr_median']:.1f} dB (5th percentile {keep['psnr_p5']:.1f}), cosine median {keep['cosine_median']:.3f} ({keep['cosine_p5']:.3f})",
               f"quality (kernel distance, less is better): {report['quality']['kid_before']:+.4f} before, {report['quality']['kid_after']:+.4f} after",
