@@ -285,8 +285,8 @@ LEVELS, TUNING, TESTS = (100, 250, 400, 550), (200, 201), tuple(range(100, 106))
 PANELS = {True: range(2000, 2032), False: range(1000, 1032)}                   # other seeds: while tuning, and in the test
 def text(setting): return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in setting.items() if k != "whiten")
 
-RULE = ("eight settings on the first tuning seed; while the best has the largest or smallest value tried of a coefficient, that value three times further, at most three more; "
-    "the best three on the second seed as well; the best of these on the test seeds; better: larger min(least F, .7), then larger median PSNR")
+RULE = ("eight settings on the first tuning seed; while the best has the largest or smallest value tried of a coefficient, that value three times further, at most two more; "
+    "the best two on the second seed as well; the best of these on the test seeds; better: larger min(least F, .7), then larger median PSNR")
 COEFFICIENTS = ("lr", "c", "eta", "alpha", "lam")
 
 # %% ../nbs/12_baselines.ipynb #ba5f0016
@@ -361,13 +361,13 @@ def compete(board, name, tuning=TUNING, seeds=TESTS, echo=print):
     for setting in METHODS[name][1]:
         tried.append([])
         run(setting, tuning[0], tried[-1])
-    for _ in range(3):
+    for _ in range(2):
         tested = [r[0]["setting"] for r in tried]
         if not (beyond := further(tested, ranked()[0][0]["setting"])): break
         tried.append([])
         run(beyond[0], tuning[0], tried[-1])
     for seed in tuning[1:]:
-        for r in ranked()[:3]: run(r[0]["setting"], seed, r)
+        for r in ranked()[:2]: run(r[0]["setting"], seed, r)
     full = [r for r in ranked() if len(r) == len(tuning)]
     for seed in seeds: run(full[0][0]["setting"], seed, rows, False)
     return {"setting": full[0][0]["setting"], "rows": rows, "search": [row for r in tried for row in r]}
