@@ -14,7 +14,7 @@ from test_unlearn import TINY, gen, norm, refused, request_of, setting, tiny
 
 from unlearn_nb import baselines
 from unlearn_nb.baselines import (METHODS, RULE, Board, board_table, climb, compete, concept_cut, cut_loss, erasediff, fisher, forgotten, further, importance, leaderboard, merit, neggrad,
-                                  no_edit, noise_states, ordinary, pictures, restrict, salient, salun, selective_amnesia, spread, summary, towards)
+                                  no_edit, noise_states, ordinary, pictures, restrict, salient, salun, selective_amnesia, short, spread, summary, towards)
 from unlearn_nb.surgery import symmetric
 from unlearn_nb.unlearn import Full, Task, own_states, unlearn
 from unlearn_nb.weights import unit_eps
@@ -242,6 +242,7 @@ def test_a_rival_goes_on_bit_for_bit(name, tmp_path):
 def test_eight_settings_each(name):
     assert len(METHODS[name][1]) == len({json.dumps(s, sort_keys=True) for s in METHODS[name][1]}) == 8
     assert name.startswith("ours") or all(s["whiten"] == 0 for s in METHODS[name][1])
+    assert "," not in name   # `--methods` splits there
 
 
 # --- the board ---
@@ -327,6 +328,14 @@ def test_a_search_whose_best_lies_at_the_edge_goes_on(small, tmp_path, monkeypat
     assert result["setting"]["lr"] == pytest.approx(edge*expected[1])
     _, runs = searched(small, tmp_path, monkeypatch, lambda lr, seed: (.9, 30 - abs(lr/edge - 1)))
     assert len(runs) == 4 + 1 + 2 + 1
+
+
+@given(st.recursive(st.none() | st.booleans() | st.integers(-99, 99) | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3), lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=3), v, max_size=3)))
+@settings(max_examples=60)
+def test_short_keeps_five_digits(v):
+    assert short(short(v)) == short(v) and short([v, {"a": v}]) == [short(v), {"a": short(v)}]
+    if isinstance(v, float): assert short(v) == pytest.approx(v, rel=1e-4)
+    elif not isinstance(v, (list, dict)): assert short(v) is v
 
 
 def test_every_coefficient_at_its_edge_is_taken_further():

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'naive', 'neggrad', 'neggrad_retain', 'finetune', 'erasediff', 'salun', 'selective_amnesia', 'siss',
-           'siss_no_is', 'rgd', 'doco', 'retrack', 'paper', 'no_edit', 'Board', 'leaderboard']
+           'siss_no_is', 'rgd', 'doco', 'retrack', 'Board', 'leaderboard']
 
 # %% ../nbs/12_baselines.ipynb #ba5e0005
 import hashlib
@@ -392,7 +392,8 @@ def board_table(results):
     def margin(v): return f" +- {v:4.2f}" if v == v else " " * 8      # one row has no spread
     lines = [f"{'':18}  forgotten (least F)   kept: PSNR, dB   5 %  cosine   KID change   area   core s   setting"]
     for name, result in sorted(results.items(), key=lambda item: -((summary(item[1]["rows"]) or {"area": -1})["area"])):
-        m, setting = summary(result["rows"]), text(result["setting"])
+        searched = [row["setting"] for row in result.get("search", [])]    # what was the same in all of them says nothing
+        m, setting = summary(result["rows"]), text({k: v for k, v in result["setting"].items() if not searched or any(other[k] != v for other in searched)})
         lines.append(f"{name:18}  diverged on every test seed   {setting}" if m is None else f"{name:18}      {m['F']:.2f}{margin(m['F_width'])}       {m['psnr_median']:5.1f}{margin(m['psnr_width'])}  {m['psnr_p5']:5.1f}   {m['cosine_median']:.3f}      {m['kid_change']:+.3f}   {m['area']:5.1f}    {m['core_seconds']:4.0f}   {setting}")
     return "\n".join(lines)
 
@@ -419,8 +420,14 @@ def board_figure(results):
     return fig
 
 # %% ../nbs/12_baselines.ipynb #ba5f001b
+def short(v):
+    "The same in JSON's types, with five digits of each number."
+    if isinstance(v, dict): return {k: short(x) for k, x in v.items()}
+    return [short(x) for x in v] if isinstance(v, list) else float(f"{v:.5g}") if isinstance(v, float) else v
+
+# %% ../nbs/12_baselines.ipynb #ba5f001c
 def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TUNING, budget=50, echo=print):
-    """Run, or go on with, a board of the named methods and write `leaderboard.json`, `leaderboard.txt` and `leaderboard.png` into the folder: {method: {setting, rows}}.
+    """Run, or go on with, a board of the named methods and write `leaderboard.json`, `leaderboard.txt` and `leaderboard.png` into the folder: {method: {setting, rows, search}}.
 
     seeds: of the test; tuning: seeds of the search; budget: steps. ValueError for an unknown method, or a seed that is in both."""
     if unknown := [m for m in methods if m not in METHODS]: raise ValueError(f"method {unknown[0]!r} is not known; expected one of {', '.join(METHODS)}")
@@ -428,8 +435,8 @@ def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TU
     board = Board(denoiser, folder, budget)
     results = {}
     for name in methods:
-        results[name] = compete(board, name, tuning, seeds, echo)
-        write(board.folder / "leaderboard.json", json.dumps({"schema": 1, "rule": RULE, "budget": budget, "results": results}, indent=1).encode())
+        results[name] = short(compete(board, name, tuning, seeds, echo))
+        write(board.folder / "leaderboard.json", json.dumps({"schema": 1, "base": board.base, "rule": RULE, "budget": budget, "results": results}).encode())
     write(board.folder / "leaderboard.txt", board_table(results).encode())
     png = BytesIO()
     board_figure(results).savefig(png, format="png")
