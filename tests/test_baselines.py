@@ -2,6 +2,7 @@
 import json
 from dataclasses import replace
 from functools import partial
+from importlib.resources import files
 
 import pytest
 import torch
@@ -15,9 +16,11 @@ from test_unlearn import TINY, gen, norm, refused, request_of, setting, tiny
 from unlearn_nb import baselines
 from unlearn_nb.baselines import (METHODS, RULE, Board, board_table, climb, compete, concept_cut, cut_loss, erasediff, fisher, forgotten, further, importance, leaderboard, merit, neggrad,
                                   no_edit, noise_states, ordinary, pictures, restrict, salient, salun, selective_amnesia, short, spread, summary, towards)
+from unlearn_nb.hotfix import fingerprint
 from unlearn_nb.surgery import symmetric
 from unlearn_nb.unlearn import Full, Task, own_states, unlearn
 from unlearn_nb.weights import unit_eps
+from unlearn_nb.zoo import load
 
 RAW = replace(TINY, whiten=0.)
 ALL = {name: method for name, (method, _) in METHODS.items()}
@@ -299,6 +302,15 @@ def test_a_board_is_computed_once(small, tmp_path, monkeypatch):
     assert done + 1 + 8 <= len(runs) <= done + 1 + 10
 
 
+def test_other_defaults_are_other_rows(small, tmp_path, monkeypatch):
+    "A row that was made before a default changed is not taken for one that was made after it."
+    board, runs = Board(small, tmp_path, budget=1), []
+    monkeypatch.setattr(baselines, "measured", lambda *what: runs.append(what) or {"made": len(runs)})
+    assert [board.row("ours", {}, 5, False)["made"] for _ in range(2)] == [1, 1]
+    monkeypatch.setattr(baselines, "Config", lambda **kw: replace(TINY, lr=.123, **kw))
+    assert board.row("ours", {}, 5, False)["made"] == 2 and runs[1][2].lr == .123
+
+
 def searched(small, tmp_path, monkeypatch, score):
     "The search of `naive` where a learning rate has the (F, PSNR) that score gives it for a seed: (result, learning rates in the order of their runs)."
     runs = []
@@ -308,6 +320,16 @@ def searched(small, tmp_path, monkeypatch, score):
         return row((F,), psnr, seed=seed, setting=setting)
     monkeypatch.setattr(Board, "row", fake)
     return compete(Board(small, tmp_path), "naive", (7, 8), (5,), echo=lambda line: None), runs
+
+
+def test_a_setting_that_diverges_loses_and_the_search_goes_on(small, tmp_path, monkeypatch):
+    rates, said = [s["lr"] for s in METHODS["naive"][1][:4]], []
+    def fake(self, name, setting, seed, tuning):
+        what = {"seed": seed, "setting": setting}
+        return what | {"diverged": "at step 3"} if setting["lr"] >= rates[2] else row((.5,), 30., **what)
+    monkeypatch.setattr(Board, "row", fake)
+    result = compete(Board(small, tmp_path), "naive", (7, 8), (5,), echo=said.append)
+    assert result["setting"]["lr"] < rates[2] and sum("diverged" in line for line in said) == 2 and any("F 0.50, 30.0 dB" in line for line in said)
 
 
 def test_the_best_setting_is_chosen_by_the_rule(small, tmp_path, monkeypatch):
@@ -355,3 +377,16 @@ def test_a_run_that_diverges_is_a_row(small, tmp_path, monkeypatch):
     monkeypatch.setattr(baselines, "unlearn", explode)
     r = Board(small, tmp_path, budget=1).row("NegGrad", METHODS["NegGrad"][1][0], 5, False)
     assert "step 0" in r["diverged"] and merit([r]) == (-1., 0.) and not small.net._forward_hooks
+
+
+def test_the_shipped_board_is_whole_and_follows_its_rule():
+    "Every method, all its settings, the test seeds; and what was chosen is what the rule chooses."
+    board = json.loads((files("unlearn_nb")/"assets/leaderboard.json").read_text())
+    assert board["rule"] == RULE and set(board["results"]) == set(METHODS) and board["base"] == fingerprint(load("faces"))
+    for name, result in board["results"].items():
+        tried = {}
+        for r in result["search"]: tried.setdefault(json.dumps(r["setting"], sort_keys=True), {})[r["seed"]] = r
+        assert {json.dumps(short(s), sort_keys=True) for s in METHODS[name][1]} <= set(tried) and len(tried) <= 10 and all(200 in rows for rows in tried.values()), name
+        whole = [list(rows.values()) for rows in tried.values() if tuple(rows) == baselines.TUNING]
+        assert len(whole) == 2 and merit([r for r in result["search"] if r["setting"] == result["setting"]]) == max(map(merit, whole)), name
+        assert [r["seed"] for r in result["rows"]] == list(baselines.TESTS) and all(r["setting"] == result["setting"] for r in result["rows"]), name

@@ -129,6 +129,18 @@ def test_ctrl_c_leaves_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_board_from_the_command_line(tmp_path, monkeypatch, capsys):
+    "Names with blanks, a folder to go on with; what is written is what the room writes."
+    asked = []
+    def fake(denoiser, folder, methods, seeds, tuning, budget, echo):
+        asked.append((denoiser.name, folder.name, list(methods), list(seeds), list(tuning), budget))
+        (folder/"rows").mkdir(parents=True, exist_ok=True)
+        return {}
+    monkeypatch.setattr("unlearn_nb.baselines.leaderboard", fake)
+    for _ in range(2): main(["leaderboard", "--methods", "ours, SISS at t=999", "--seeds", "100:102", "--tuning", "200,201", "--budget", "3", "--out", str(tmp_path/"board")])
+    assert asked == [("faces", "board", ["ours", "SISS at t=999"], [100, 101], [200, 201], 3)]*2 and "written to" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"], ["bench"], ["leaderboard"]])
 def test_help(args, capsys):
     main([*args, "--help"])

@@ -18,6 +18,7 @@ from math import sqrt
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import autograd
 
 from .hotfix import fingerprint, write
@@ -310,18 +311,20 @@ class Board:
 
     def row(self, name, setting, seed, tuning):
         "What a method with a setting does to a seed: from its file, or run now and written there."
-        method, panel = METHODS[name][0], PANELS[tuning]
+        panel, (cfg, rest) = PANELS[tuning], split(setting, self.budget)
         topic = {"base": self.base, "method": name, "setting": setting, "seed": seed, "budget": self.budget, "panel": [panel[0], panel[-1] + 1]}
-        file = self.folder / "rows" / (hashlib.sha256(json.dumps(topic, sort_keys=True).encode()).hexdigest()[:16] + ".json")
-        if not file.exists(): write(file, json.dumps(topic | measured(self, method, setting, seed, panel)).encode())
+        file = self.folder / "rows" / (hashlib.sha256(json.dumps(topic | {"config": repr(cfg)}, sort_keys=True).encode()).hexdigest()[:16] + ".json")
+        if not file.exists(): write(file, json.dumps(topic | measured(self, partial(METHODS[name][0], **rest), cfg, seed, panel)).encode())
         return json.loads(file.read_text())
 
 # %% ../nbs/12_baselines.ipynb #ba5f0017
-def measured(board, method, setting, seed, panel):
-    "One run: what a method with a setting does to a seed."
-    own = {f.name for f in fields(Config)}
-    cfg = Config(steps=board.budget, **{k: v for k, v in setting.items() if k in own})
-    if rest := {k: v for k, v in setting.items() if k not in own}: method = partial(method, **rest)
+def split(setting, budget):
+    "The `Config` of a setting, and what is left for the method."
+    own = {f.name for f in fields(Config)} & setting.keys()
+    return Config(steps=budget, **{k: setting[k] for k in own}), {k: setting[k] for k in setting.keys() - own}
+
+def measured(board, method, cfg, seed, panel):
+    "One run: what a method does to a seed."
     d, request = board.denoiser, board.request(seed)
     retain = board.known(("retain", seed), lambda: default_retain(d, [request], Config()))
     kw = dict(panel=panel, levels=LEVELS, steps=cfg.sampling_steps)
@@ -355,8 +358,9 @@ def compete(board, name, tuning=TUNING, seeds=TESTS, echo=print):
     "Search and test one method by `RULE`: {setting: the chosen one, rows: its rows on the test seeds, search: all rows on the tuning seeds}."
     tried, rows = [], []   # tried: a setting's rows on the tuning seeds
     def run(setting, seed, into, tuning=True):
-        into.append(board.row(name, setting, seed, tuning))
-        echo(f"{name}: {'tuning' if tuning else 'test'} seed {seed}, {text(setting)}: F {min(forgotten(into[-1]), .7):.2f}, {merit(into[-1:])[1]:.1f} dB")
+        into.append(row := board.row(name, setting, seed, tuning))
+        became = "diverged" if "diverged" in row else f"F {forgotten(row):.2f}, {row['psnr_median']:.1f} dB"
+        echo(f"{name}: {'tuning' if tuning else 'test'} seed {seed}, {text(setting)}: {became}")
     def ranked(): return sorted(tried, key=merit, reverse=True)
     for setting in METHODS[name][1]:
         tried.append([])
@@ -398,26 +402,36 @@ def board_table(results):
     return "\n".join(lines)
 
 # %% ../nbs/12_baselines.ipynb #ba5f001a
+def label(ax, points, width=.3, height=1.2):
+    "Names beside points (x, y, name, colour), each moved up until it covers no other (width, height of a name, in the units of the axes)."
+    placed = []
+    for x, y, name, colour in sorted(points, key=lambda point: point[1]):
+        while any(abs(x - a) < width and y - b < height for a, b in placed): y += height / 8
+        placed.append((x, y))
+        ax.annotate(name, (x + .02, y), fontsize=8, color=colour, va="center")
+
 def board_figure(results):
-    "The board as a figure: forgetting against drift with intervals, dominated area, quality, cost."
+    "The board as one PIL image: forgetting against drift with intervals, dominated area, quality, cost."
     from matplotlib.figure import Figure
     made = {name: m for name, result in results.items() if (m := summary(result["rows"]))}
     colours = {name: "#00798c" if name == "ours" else "#edae49" if name.startswith("ours") else "#d1495b" for name in made}
     fig = Figure(figsize=(11, 8), dpi=80, layout="constrained")
     (a, b), (c, d) = fig.subplots(2, 2)
     for name, m in made.items():
-        a.errorbar(m["F"], m["psnr_median"], m["psnr_width"], m["F_width"], fmt="o", color=colours[name], elinewidth=.8)
-        a.annotate(name, (m["F"], m["psnr_median"]), (4, 4), textcoords="offset points", fontsize=8)
+        a.errorbar(m["F"], m["psnr_median"], m["psnr_width"], m["F_width"], fmt="o", color=colours[name], elinewidth=.8, alpha=.7)
+    label(a, [(m["F"], m["psnr_median"], name, "k") for name, m in made.items()])
     front = [m for m in made.values() if not any(o["F"] >= m["F"] and o["psnr_median"] >= m["psnr_median"] and o is not m for o in made.values())]
     front.sort(key=lambda m: m["F"])
     a.plot([m["F"] for m in front], [m["psnr_median"] for m in front], color="#6c757d", lw=.8, zorder=0)
-    a.set(xlabel="forgotten: least F (1: as far as the surrogate)", ylabel="kept: PSNR of other seeds (dB)", title="best is right and high; the line: nobody better in both")
+    a.set(xlabel="forgotten: least F (1: as far as the surrogate)", ylabel="kept: PSNR of other seeds (dB)", title="best is right and high; the line: nobody better in both", xlim=(-.05, 1.45))
     for ax, key, title in ((b, "area", "dominated area (F x dB over chance)"), (c, "kid_change", "quality: change of the kernel distance (left is better)"), (d, "core_seconds", "cost: seconds of one core")):
         names = sorted(made, key=lambda k: made[k][key])
         ax.barh(names, [made[k][key] for k in names], color=[colours[k] for k in names])
         ax.set_title(title, fontsize=10)
         ax.tick_params(labelsize=8)
-    return fig
+    png = BytesIO()
+    fig.savefig(png, format="png")
+    return Image.open(png)
 
 # %% ../nbs/12_baselines.ipynb #ba5f001b
 def short(v):
@@ -439,6 +453,6 @@ def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TU
         write(board.folder / "leaderboard.json", json.dumps({"schema": 1, "base": board.base, "rule": RULE, "budget": budget, "results": results}).encode())
     write(board.folder / "leaderboard.txt", board_table(results).encode())
     png = BytesIO()
-    board_figure(results).savefig(png, format="png")
+    board_figure(results).save(png, "PNG")
     write(board.folder / "leaderboard.png", png.getvalue())
     return results
