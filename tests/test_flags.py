@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unlearn_nb.faces import to_tensor
 from unlearn_nb.flags import (CAPTIONS, CLASSES, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
     training_set)
 
@@ -41,10 +42,9 @@ def pixel(name, x, y, h, l, unit=40): return flat(name, h*unit).getpixel((int(x*
 def fresh(n, size=64, first=UNSEEN):
     "n unseen pictures of right designs [n, 3, size, size] in [-1, 1], and their countries."
     names = [NAMES[k % len(NAMES)] for k in range(n)]
-    return tensor([draw(name, sample_scene(first + k), size) for k, name in enumerate(names)]), names
+    return to_tensor([draw(name, sample_scene(first + k), size) for k, name in enumerate(names)]), names
 
 
-def tensor(images): return torch.from_numpy(np.stack([np.asarray(i) for i in images])).permute(0, 3, 1, 2).float()/127.5 - 1
 def accuracy(x, names): return np.mean([a == b for a, b in zip(read_flag(x)[0], names)])
 
 
@@ -296,7 +296,7 @@ def test_read_flag_takes_pictures_and_tensors():
     images = [draw(name, sample_scene(UNSEEN)) for name in ('Japan', 'Ireland')]
     names, p = read_flag(images)
     assert names == ['Japan', 'Ireland'] and p.shape == (2, 31) and torch.allclose(p.sum(1), torch.ones(2)) and p.max(1).values.min() > .5
-    again, q = read_flag(tensor(images))
+    again, q = read_flag(to_tensor(images))
     assert again == names and torch.allclose(p, q) and torch.allclose(read_flag([i.convert('RGBA') for i in images])[1], p)
 
 
