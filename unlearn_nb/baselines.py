@@ -257,7 +257,7 @@ def every(**choices): return [dict(zip(choices, values)) for values in product(*
 
 RAW = dict(whiten=(0.,))                                                       # rivals move all weights, all directions alike
 TWO = dict(**RAW, lr=(2e-4, 8e-4), distil=(False, True))
-OURS = every(lr=(2e-3, 3e-3, 4.5e-3, 6e-3), way_share=(.25, .5))
+OURS = every(surgery=("vaccine",), forget_batch=(18,), retain_batch=(14,), t_max=(400,), lr=(3e-3, 4.5e-3, 6e-3, 9e-3), way_share=(.25, .5))
 
 # %% ../nbs/12_baselines.ipynb #ba5f0012
 METHODS = {                                                                    # name: (method, eight settings of Config and of the method)

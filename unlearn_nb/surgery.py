@@ -86,7 +86,7 @@ def per_tensor(g_f, g_r):
     return [combine(1 - against(fr, ff), [f], 1 - against(fr, rr), [r])[0] for (ff, fr, rr), f, r in zip(gram(g_f, g_r), g_f, g_r)]
 
 # %% ../nbs/06_surgery.ipynb #30c9ec0b
-def vaccine(g_f, g_r, rho=.2):
+def vaccine(g_f, g_r, rho=.6):
     "Each is turned towards the original other until their cosine is rho (-1 < rho < 1), if it is below; summed (GradVac, arXiv 2010.05874). rho = 0: symmetric."
     if not -1 < rho < 1: raise ValueError(f"rho is {rho}; the target cosine must lie between -1 and 1")
     ff, fr, rr = products(g_f, g_r)
