@@ -134,7 +134,7 @@ def test_save_builtin_round_trip(dtype, tmp_path):
     base = Denoiser(tiny_net(), DDIMScheduler(prediction_type='v_prediction', timestep_spacing='trailing', beta_end=.015))
     save_builtin(base, tmp_path/'a', 'tiny', dtype)
     assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['tiny.json', 'tiny.safetensors']
-    net, scheduler = zoo.read_builtin('tiny', tmp_path/'a')
+    net, scheduler = zoo.read_builtin('tiny', tmp_path/'a').values()
     for k, v in tiny_net().state_dict().items(): assert torch.equal(net.state_dict()[k], v.to(dtype).float())
     assert type(scheduler) is DDIMScheduler and torch.equal(scheduler.alphas_cumprod, base.scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == 'v_prediction' and scheduler.config.timestep_spacing == 'trailing'
