@@ -79,7 +79,7 @@ class Denoiser:
 def scales(self: Denoiser, t):
     "a and s of levels t [B], each [B, 1, 1, 1]."
     if self.prediction == "flow":
-        s = ((t + 1) / self.T).view(-1, 1, 1, 1)
+        s = ((t.to(self.device) + 1) / self.T).view(-1, 1, 1, 1)
         return 1 - s, s
     abar = self.abar[t].view(-1, 1, 1, 1)
     return abar.sqrt(), (1 - abar).sqrt()
@@ -135,8 +135,8 @@ def gain(self: Denoiser, t):
 @torch.no_grad()
 def row(self: Denoiser, prompt):
     "The row of a prompt in the table of words; a new one is encoded, once. ValueError if that cannot be."
-    if prompt in self.prompts: return self.prompts[prompt]
     if not isinstance(prompt, str): raise ValueError(f"{prompt!r} is no prompt; give a text")
+    if prompt in self.prompts: return self.prompts[prompt]
     if not self.text and not self.prompts: raise ValueError(f"prompt {prompt!r} was given, but this model makes pictures without words; leave the prompt out")
     if not self.text: raise ValueError(f"prompt {prompt!r} is not in the table, and the text encoders are gone; known prompts: {', '.join(map(repr, self.prompts))}")
     self.table = {k: torch.cat([*([self.table[k]] if k in self.table else []), v.to(self.device, self.dtype)]) for k, v in self.text([prompt]).items()}   # [n, ...] each
@@ -173,7 +173,7 @@ def latents(self: Denoiser, x):
     "Pixels [B, 3, H, W] in [-1, 1] -> x0: the mean of the VAE's encoder, shifted and scaled (Rombach et al. 2022); of a model without a VAE x itself."
     if self.vae is None: return x
     c, some = self.vae.config, max(1, 2 ** 22 // (self.size[0] * self.size[1]))   # four pictures of 1024 x 1024 pixels at a time
-    mean = torch.cat([self.vae.encode(v.to(self.vae.dtype)).latent_dist.mean.float() for v in x.split(some)])
+    mean = torch.cat([self.vae.encode(v.to(self.vae.dtype, memory_format=torch.contiguous_format)).latent_dist.mean.float() for v in x.split(some)])
     return (mean - (c.shift_factor or 0)) * c.scaling_factor
 
 @patch

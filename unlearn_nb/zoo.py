@@ -198,12 +198,16 @@ def read_pipeline(folder, index, device, dtype, without):
     "Net, scheduler, VAE, words and guidance of a folder of one of `PIPELINES`, on `device`. A VAE that says it overflows in float16 (force_upcast; that of SDXL does) stays in float32."
     name, parts, read = index["_class_name"], parts_of(index, without), {}
     for part, (library, kind) in parts.items():
+        if not any(any((folder / part).glob(f)) for f in (("tokenizer.json", "vocab.json", "*.model") if part.startswith("tokenizer") else ("*.json",))):
+            raise ValueError(f"the part {part!r} of {str(folder)!r} is not there, or not whole; write the folder again with save_pretrained")   # diffusers would go on with a tokenizer without words
         if library not in ("diffusers", "transformers") or part.startswith(("scheduler", "tokenizer")): continue
         kind = getattr(import_module(library), kind, None)
         if kind is None: raise ValueError(f"{library} has no {parts[part][1]!r}, which {str(folder / INDEX)!r} asks for; update {library}")
         upcast = part == "vae" and dtype == torch.float16 and read_json(folder / "vae" / NET).get("force_upcast", True)
         read[part] = read_model(folder / part, kind, torch.float32 if upcast else dtype, ours=library == "diffusers").to(device)
     kind = getattr(diffusers, name)
+    if lacks := [k for k in signature(kind.__init__).parameters if k in ("vae", PIPELINES[name].net, "text_encoder", "text_encoder_2") and k not in read]:
+        raise ValueError(f"{str(folder)!r} has no {lacks[0]}, and a {name} cannot do without it; write the folder again with save_pretrained")
     absent = {k: v for k, v in (LEFT_OUT | {k: None for k, v in index.items() if isinstance(v, list) and k not in parts}).items() if k in signature(kind.__init__).parameters}
     try: pipe = kind.from_pretrained(folder, local_files_only=True, **read, **absent)
     except (AttributeError, ImportError, OSError, RuntimeError, TypeError, ValueError) as e:
