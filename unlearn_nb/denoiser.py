@@ -243,15 +243,21 @@ def level(self: Denoiser, t, n):
     return torch.full((n,), float(t) if self.prediction == "flow" else int(t), device=self.device)
 
 @patch
-def predict(self: Denoiser, x_t, t, c=None):
-    "The clean image that the net believes in at x_t [B, C, H, W], all at the one level t, for rows c [B] of words, guided (Ho and Salimans 2022)."
+def answers(self: Denoiser, x_t, t, c=None):
+    "The net's outputs [B, C, H, W] at x_t, all at the one level t: for rows c [B] of words and, if this model is guided, for no words. A tuple of one or two."
     t = self.level(t, len(x_t))
-    if c is None: out = self(x_t, t)
-    elif self.guidance == 1: out = self(x_t, t, c)
-    else:
-        without, out = self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([torch.zeros_like(c), c])).chunk(2)
-        out = without + self.guidance * (out - without)   # `clean` is linear in it: the same as a mix of clean images, with less rounding
-    return self.clean(x_t, out, t)
+    if c is None or self.guidance == 1: return (self(x_t, t, c),)
+    return self(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([c, torch.zeros_like(c)])).chunk(2)
+
+@patch
+def guide(self: Denoiser, out, free=None):
+    "The output that guidance makes of those for words and for none (Ho and Salimans 2022)."
+    return out if free is None else free + self.guidance * (out - free)   # `clean` is linear in it: the same as a mix of clean images, with less rounding
+
+@patch
+def predict(self: Denoiser, x_t, t, c=None):
+    "The clean image that the net believes in at x_t [B, C, H, W], all at the one level t, for rows c [B] of words, guided."
+    return self.clean(x_t, self.guide(*self.answers(x_t, t, c)), self.level(t, len(x_t)))
 
 # %% ../nbs/02_denoiser.ipynb #8d17f3ab
 @patch
