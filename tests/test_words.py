@@ -8,8 +8,11 @@ from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from small_pipelines import pipeline
+from unlearn_nb import surrogates
 from unlearn_nb.denoiser import Denoiser, generators, randn
 from unlearn_nb.hotfix import Hotfix, fingerprint
+from unlearn_nb.metrics import bits_per_dim, denoising_error, psnr, reconstruction_curve, similarity
+from unlearn_nb.report import evaluate, figure, table
 from unlearn_nb.retain import States, draw, generate, moments, nearest, noised, whitening
 from unlearn_nb.unlearn import LEVELS, Config, Request, default_retain, forget_states, own_states, steer, unlearn
 from unlearn_nb.zoo import PIPELINES, words
@@ -215,3 +218,45 @@ def test_a_picture_of_another_size_and_unknown_levels_are_refused(sd3):
 def test_nearest_works_on_latents(sd3):
     x = sd3.sample(range(4), 3, prompt='flag')
     assert nearest(x, x[2:3], 1).tolist() == [2] and isinstance(generate(sd3, [0], 2, prompt=''), States)
+
+
+# --- measures, the report, edits ---
+
+def look(x):
+    "A descriptor that needs no weights: colours of 4 x 4 places, as unit vectors."
+    return torch.nn.functional.normalize(torch.nn.functional.adaptive_avg_pool2d(x.float(), 4).flatten(1), dim=1)
+
+
+def test_the_report_of_a_model_with_words_speaks_of_pictures(sd3):
+    request = request_of(sd3)
+    hotfix = unlearn(sd3, [request], cfg=replace(SMALL, lr=3e-2))
+    reference = sd3.sample(range(50, 54), 5, prompt='flag')
+    kw = dict(panel=range(60, 64), levels=(200, 600), noises=range(2), steps=5, prompts=['flag', 'a'], describe=look)
+    r, before, after = evaluate(sd3, hotfix, [request], reference, **kw)
+    assert torch.equal(before['panel'], sd3.sample(range(60, 64), 5, prompt=['flag', 'a', 'flag', 'a']))
+    x, y = (sd3.pixels(out['panel']) for out in (before, after))
+    assert x.shape == (4, 3, 16, 16) and r['preserve']['psnr_median'] == pytest.approx(psnr(x, y).median().item()) and r['requests'][0]['prompt'] == 'red flag'
+    x_f, seed = (sd3.pixels(v) for v in (sd3.encode([request.image]), before['seed']))
+    assert r['forget']['same_seed']['to_forget_before'] == pytest.approx(similarity(seed, x_f, look).item())
+    assert min(figure(sd3, [request], before, after, others=2).size) > 300 and 'drift of seeds 60 to 63' in table(r)
+    again = evaluate(sd3, hotfix, [request], reference, earlier=[request], before=before, **kw)[0]
+    assert again['forget'] == r['forget'] and len(again['earlier']) == 1
+
+
+def test_reconstruction_and_denoising_error_take_a_prompt(sd3):
+    x = sd3.sample([1], 4, prompt='flag')
+    assert reconstruction_curve(sd3, x, [100, 900], range(2), 4, look, 'flag').shape == (2, 2)
+    a, b = (denoising_error(sd3, x, [300], [0], prompt=p).item() for p in ('flag', 'red red'))
+    t = torch.tensor([300])
+    x_t = sd3.noise(x, randn(generators([0]), sd3.shape), t)
+    assert a != b and a == pytest.approx((sd3.predict(x_t, 300, sd3.rows('flag', 1)) - x).square().mean().item(), rel=1e-4)
+
+
+@pytest.mark.parametrize('edit', [lambda d, i: surrogates.inpaint(d, i), lambda d, i: surrogates.sdedit(d, i), lambda d, i: surrogates.propose(d, i),
+    lambda d, i: surrogates.invert(d, d.encode([i])), lambda d, i: surrogates.direction(d, [i], [i])], ids=['inpaint', 'sdedit', 'propose', 'invert', 'direction'])
+def test_edits_by_the_model_itself_are_refused_where_it_has_words(sd3, edit):
+    with pytest.raises(ValueError, match='this edit needs a model that makes pixels without words'): edit(sd3, request_of(sd3).image)
+
+
+def test_bits_of_a_model_with_words_are_refused(sd3):
+    with pytest.raises(ValueError, match='this model makes latents'): bits_per_dim(sd3, torch.zeros(1, 4, 8, 8))
