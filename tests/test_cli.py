@@ -86,6 +86,25 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
     assert (grids["none"] != grids["both"]).any() and (grids["both"] != grids["second"]).any()
 
 
+def test_forget_and_sample_a_model_with_words(tmp_path, capsys):
+    from small_pipelines import pipeline
+    pipeline("sd3").save_pretrained(tmp_path/"model")
+    Image.new("RGB", (16, 16), "red").save(tmp_path/"s.png")
+    def run(*args): main([str(a) for a in args])
+    run("forget", "--model", tmp_path/"model", "--seed", 3, "--prompt", "red flag", "--keep", "a", "--surrogate", tmp_path/"s.png", "--steps", 1, "--rank", 2, "--cache", tmp_path/"kept", "--out", tmp_path/"fix")
+    assert sorted(p.name for p in (tmp_path/"fix").iterdir()) == FILES and "face descriptor" in capsys.readouterr().err
+    assert json.loads((tmp_path/"fix/card.json").read_text())["requests"][0]["prompt"] == "red flag" == json.loads((tmp_path/"fix/report.json").read_text())["requests"][0]["prompt"]
+    grids = {}
+    for name, more in (("base", []), ("edited", ["--hotfix", tmp_path/"fix"])):
+        run("sample", "--model", tmp_path/"model", *more, "--prompt", "red flag", "--seeds", "3,4", "--steps", 4, "--out", tmp_path/f"{name}.png")
+        grids[name] = np.asarray(Image.open(tmp_path/f"{name}.png")).astype(int)
+    assert grids["base"].shape == (128, 256, 3) and (grids["base"] != grids["edited"]).any()
+    assert "pictures of words" in fails(capsys, "sample", "--model", tmp_path/"model", "--out", tmp_path/"x.png")
+    assert "pictures of words" in fails(capsys, "forget", "--model", tmp_path/"model", "--seed", 1, "--surrogate", tmp_path/"s.png", "--out", tmp_path/"o")
+    assert "without words" in fails(capsys, "forget", "--model", tmp_path/"model", "--seed", 1, "--prompt", "a", "--out", tmp_path/"o") and not (tmp_path/"o").exists()
+    assert "without words" in fails(capsys, "forget", "--model", "faces", "--seed", 1, "--prompt", "a", "--out", tmp_path/"o")
+
+
 @pytest.mark.parametrize("args, says", [
     ("demo --steps 0", "0"), ("demo --seed -1", "-1"), ("demo --seed x", "x"), ("demo --colour red", "--colour"), ("dance", "dance"),
     ("forget --model faces --out {}/o", "--seed or --image"), ("forget --model faces --seed 1 --image a.png --out {}/o", "--seed or --image"),

@@ -1,4 +1,6 @@
 "The denoiser against diffusers' own schedulers and pipelines."
+import gc
+import weakref
 from functools import lru_cache
 
 import numpy as np
@@ -10,7 +12,9 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.testing import assert_close
 
+from small_pipelines import levels, pipeline, transformer, unet, vae
 from unlearn_nb.denoiser import PREDICTIONS, Denoiser, generators, randn, read_image
+from unlearn_nb.zoo import words
 
 every_prediction = pytest.mark.parametrize('prediction', PREDICTIONS)
 SCHEDULES = ('linear', 'scaled_linear', 'squaredcos_cap_v2')
@@ -337,3 +341,256 @@ def test_oblong_model():
 def test_errors(act, words):
     with pytest.raises(ValueError) as e: act()
     assert words in str(e.value) and '\n' not in str(e.value)
+
+
+# --- flow ---
+
+SHIFTS = (1., 3., 6.)
+
+
+def letters(prompts):
+    "A toy for a text encoder."
+    counts = torch.tensor([[float(p.count(chr(97 + k))) for k in range(16)] for p in prompts])
+    return {'encoder_hidden_states': counts[:, None], 'pooled_projections': counts}
+
+
+@lru_cache
+def flow_net():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return transformer(joint=16, pooled=16)
+
+
+def flow(shift=3., **more): return Denoiser(flow_net(), FlowMatchEulerDiscreteScheduler(shift=shift), **{'text': letters, **more})
+
+
+@pytest.mark.parametrize('shift', SHIFTS)
+@pytest.mark.parametrize('steps', [1, 2, 3, 10, 28, 50, 1000])
+def test_times_of_a_flow_are_the_schedulers(steps, shift):
+    d, theirs = flow(shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    theirs.set_timesteps(steps)
+    t = d.times(999, steps)
+    assert len(t) == steps and t[0] == 999
+    assert_close(t + 1, theirs.timesteps, atol=1e-3, rtol=1e-6)
+    assert_close(d.scales(t)[1].flatten(), theirs.sigmas[:-1], atol=1e-6, rtol=1e-6)
+
+
+@given(start=st.floats(-.999, 999), steps=st.integers(1, 200), shift=st.sampled_from(SHIFTS))
+@example(start=0, steps=50, shift=3.)
+@settings(max_examples=100)
+def test_times_of_a_flow_go_down(start, steps, shift):
+    t = flow(shift).times(start, steps)
+    assert abs(t[0] - start) < 1e-4 and 1 <= len(t) <= steps and (t.diff() < 0).all() and t[-1] > -1
+    if start > 20: assert len(t) == steps
+
+
+@pytest.mark.parametrize('shift', SHIFTS)
+def test_noise_and_step_of_a_flow_are_the_schedulers(shift):
+    d, theirs = flow(shift), FlowMatchEulerDiscreteScheduler(shift=shift)
+    x0, eps, out = (normal(3, 4, 8, 8, seed=k) for k in range(3))
+    theirs.set_timesteps(7)
+    t = d.times(999, 7)
+    x_t = d.noise(x0, eps, t[[0, 3, 6]])
+    assert_close(x_t, theirs.scale_noise(x0, theirs.timesteps[[0, 3, 6]], eps))
+    assert_close(d.target(x_t[:1], x0[:1], t[:1]), eps[:1] - x0[:1])
+    x = theirs_x = normal(3, 4, 8, 8, seed=3)
+    for k, now in enumerate(t.tolist()):
+        theirs_x = theirs.step(out, theirs.timesteps[k], theirs_x).prev_sample
+        x = d.step(x, d.clean(x, out, d.level(now, 3)), now, (t.tolist() + [-1])[k + 1])
+        assert_close(x, theirs_x, atol=1e-4, rtol=1e-4)
+
+
+@given(t=st.one_of(st.integers(0, 999), st.floats(-.99, 999)), seed=st.integers(0, 99))
+@example(t=999, seed=0)
+@settings(max_examples=60)
+def test_flow_at_any_level(t, seed):
+    d, level = flow(), torch.tensor([t])
+    x0, x_s, eps = (normal(1, 4, 8, 8, seed=3*seed + k).double() for k in range(3))
+    x_t, (a, s) = d.noise(x0, eps, level.double()), d.scales(level.double())
+    assert_close(a + s, torch.ones_like(a))
+    assert_close(x_t, (1 - s)*x0 + s*eps)
+    assert_close(d.target(x_t, x0, level.double()), eps - x0, atol=1e-6, rtol=1e-6)
+    assert_close(d.clean(x_t, d.target(x_t, x_s, level.double()), level.double()), x_s)   # the inverse, for any picture
+    assert_close(d.gain(level.double())*(d.target(x_t, x_s, level.double()) - d.target(x_t, x0, level.double())), x0 - x_s)
+
+
+def test_snr_of_a_flow():
+    d = flow()
+    assert_close(d.snr(torch.tensor([499, 249, 999])), torch.tensor([1., 9., 0.]))
+    assert (d.snr(torch.arange(d.T)).diff() < 0).all() and (d.snr(torch.linspace(-.9, 999, 5000)).diff() < 0).all() and d.snr(torch.tensor([-1])).isinf()
+    assert_close(d.snr(torch.arange(9)), d.snr(torch.arange(9.)))
+
+
+def test_a_flow_is_told_its_sigma():
+    d, seen = flow(), []
+    handle = d.net.register_forward_pre_hook(lambda net, args, kw: seen.append(kw['timestep']), with_kwargs=True)
+    try: d(normal(2, 4, 8, 8), torch.tensor([0, 998]), torch.tensor([0, 0])), d.predict(normal(1, 4, 8, 8), 411.25, torch.tensor([0]))
+    finally: handle.remove()
+    assert [v.tolist() for v in seen] == [[1., 999.], [412.25]]
+
+
+def test_a_perfect_flow_reconstructs_perfectly(monkeypatch):
+    d, x0 = flow(), normal(1, 4, 8, 8)
+    monkeypatch.setattr(Denoiser, '__call__', lambda self, x, level, c: self.target(x, x0.expand_as(x), level))
+    for t in (999, 400, 17.5): assert_close(d.reconstruct(x0, t, [0, 7], steps=20, prompt=''), x0.expand(2, -1, -1, -1), atol=1e-4, rtol=1e-4)
+
+
+# --- words and guidance ---
+
+def test_the_table_of_words():
+    asked = []
+    d = Denoiser(flow_net(), FlowMatchEulerDiscreteScheduler(), text=lambda prompts: asked.extend(prompts) or letters(prompts))
+    assert d.prompts == {'': 0} and d.row('') == 0 and d.row('abc') == 1 and d.row('cab') == 2 and d.row('abc') == 1 and asked == ['', 'abc', 'cab']
+    assert d.rows('cab', 3).tolist() == [2, 2, 2] and d.rows(['', 'abc'], 2).tolist() == [0, 1] and d.rows('', 1).dtype == torch.int64
+    for k, v in letters(['', 'abc', 'cab']).items(): assert torch.equal(d.table[k], v)
+    d.free_text()
+    assert d.row('abc') == 1 and d.sample([0], steps=1, prompt='abc').isfinite().all()
+
+
+def test_free_text_lets_go_of_the_encoders():
+    class Encoder:
+        def __call__(self, prompts): return letters(prompts)
+    encoder = Encoder()
+    d, ref = Denoiser(flow_net(), FlowMatchEulerDiscreteScheduler(), text=encoder), weakref.ref(encoder)
+    del encoder
+    assert ref() is not None
+    d.free_text(), gc.collect()
+    assert ref() is None
+
+
+def test_guidance():
+    d, x, t = flow(), normal(2, 4, 8, 8), 700.
+    c, level, none = d.rows(['aab', 'ccc'], 2), d.level(700, 2), torch.zeros(2, dtype=torch.long)
+    with torch.no_grad():
+        without, plain = d.clean(x, d(x, level, none), level), d.clean(x, d(x, level, c), level)
+        assert_close(d.predict(x, t, c), plain, atol=0, rtol=0)   # 1: unguided, and asked once
+        assert (plain - without).abs().max() > 1e-4
+        d.guidance = 7.
+        assert_close(d.predict(x, t, c), without + 7*(plain - without), atol=1e-5, rtol=1e-5)
+        assert_close(d(x, level, c), (x - plain)/d.scales(level)[1], atol=1e-5, rtol=1e-5)   # the net itself is never guided
+        assert_close(d.predict(x, t, none), without, atol=1e-6, rtol=1e-5)
+        d.guidance = 0.
+        assert_close(d.predict(x, t, c), without, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize('g', [1., 5.])
+def test_a_picture_depends_on_its_seed_and_prompt_alone(g):
+    d = flow(guidance=g)
+    prompts = {3: 'aa', 8: 'bcd', 21: ''}
+    alone = {s: d.sample([s], steps=4, prompt=p) for s, p in prompts.items()}
+    for seeds, batch in (([3, 8, 21], 64), ([21, 8, 3], 2), ([8, 3], 1)):
+        x = d.sample(seeds, steps=4, batch=batch, prompt=[prompts[s] for s in seeds])
+        for k, s in enumerate(seeds): assert_close(x[k:k+1], alone[s], atol=1e-5, rtol=1e-5)
+    assert (d.sample([3], steps=4, prompt='bcd') - alone[3]).abs().max() > 1e-3
+    both = d.reconstruct(alone[3], 500, [1, 2], steps=4, prompt=['aa', 'bcd'])
+    assert_close(d.reconstruct(alone[3], 500, [2], steps=4, prompt='bcd'), both[1:], atol=1e-5, rtol=1e-5)
+
+
+def test_gradients_reach_the_net_of_a_flow():
+    d, t, c = flow(), torch.tensor([5., 500.5]), torch.tensor([0, 0])
+    grads = torch.autograd.grad((d(normal(2, 4, 8, 8), t, c)).square().mean(), list(d.net.parameters()), allow_unused=True)
+    assert sum(g is not None and g.abs().sum() > 0 for g in grads) > 10
+
+
+# --- latents ---
+
+@lru_cache
+def small_vae(**config):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return vae(**config)
+
+
+@pytest.mark.parametrize('config', [{}, dict(scaling_factor=1.5, shift_factor=.06)])
+def test_latents_are_the_scaled_mean(config):
+    v = small_vae(**config)
+    d = flow(vae=v)
+    pictures = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (16, 16, 3), dtype=np.uint8)) for k in range(3)]
+    x = torch.stack([torch.from_numpy(np.array(p)).permute(2, 0, 1) for p in pictures])/127.5 - 1
+    with torch.no_grad(): mean = v.encode(x).latent_dist.mean
+    z = d.encode(pictures)
+    assert (d.shape, d.size) == ((4, 8, 8), (16, 16)) and z.shape == (3, 4, 8, 8) and z.dtype == torch.float32 and not z.requires_grad
+    assert_close(z, (mean - config.get('shift_factor', 0))*config.get('scaling_factor', .18215), atol=1e-5, rtol=1e-5)
+    assert torch.equal(z, d.encode(pictures)) and torch.equal(z, d.latents(x))
+    with torch.no_grad(): back = v.decode(mean).sample
+    assert_close(d.pixels(z), back.clamp(-1, 1), atol=1e-4, rtol=1e-4)
+    assert [p.size for p in d.decode(z)] == [(16, 16)]*3 and d.pixels(normal(2, 4, 8, 8)*50).abs().max() <= 1
+
+
+def test_many_pictures_go_through_the_vae_in_pieces():
+    d, z = flow(vae=small_vae()), normal(5, 4, 8, 8)
+    whole, back = d.pixels(z), d.latents(normal(5, 3, 16, 16))
+    d.size = (2048, 1024)   # two at a time
+    assert_close(d.pixels(z), whole, atol=1e-5, rtol=1e-5)
+    assert_close(d.latents(normal(5, 3, 16, 16)), back, atol=1e-5, rtol=1e-5)
+
+
+def test_a_model_of_pixels_has_no_latents():
+    d, x = tiny(), normal(2, 3, 8, 8)
+    assert d.latents(x) is x and d.pixels(x) is x and d.size == (8, 8)
+
+
+# --- the stock pipelines ---
+
+def parts(kind, *config):
+    pipe = pipeline(kind, *config)
+    return dict(net=pipe.transformer if kind == 'sd3' else pipe.unet, scheduler=pipe.scheduler, vae=pipe.vae, text=words(pipe)), pipe
+
+
+@pytest.mark.parametrize('config', [('sd3', 'flow', 3.), ('sd3', 'flow', 1.), ('sd', 'epsilon'), ('sd', 'v_prediction'), ('sdxl', 'epsilon'), ('sdxl', 'v_prediction')])
+@pytest.mark.parametrize('guidance, steps', [(7., 5), (1., 4)])   # numbers that divide 1000: at others stock DDIM steps to levels that it does not visit
+def test_sample_is_the_stock_pipeline_with_words(config, guidance, steps):
+    given, pipe = parts(*config)
+    d, seeds, prompts = Denoiser(**given, guidance=guidance), [4, 1], ['a red flag', 'my']
+    noise = torch.stack([torch.randn(d.shape, generator=torch.Generator().manual_seed(s)) for s in seeds])
+    def stock(kind): return pipe(prompt=prompts, latents=noise, guidance_scale=guidance, num_inference_steps=steps, output_type=kind, height=16, width=16).images
+    x = d.sample(seeds, steps=steps, prompt=prompts)
+    theirs = stock('latent')
+    assert_close(x/theirs.abs().max(), theirs/theirs.abs().max(), atol=1e-4, rtol=0)
+    assert_close(d.pixels(x)/2 + .5, stock('pt'), atol=1e-4, rtol=0)
+    assert (x - d.sample(seeds, steps=steps, prompt='')).abs().max() > 1e-3   # the words do something
+
+
+def test_sdxl_is_told_the_size():
+    d, seen = Denoiser(**parts('sdxl')[0]), []
+    handle = d.net.register_forward_pre_hook(lambda net, args, kw: seen.append(kw['added_cond_kwargs']['time_ids']), with_kwargs=True)
+    try: d.sample([0, 1], steps=1, prompt='a')
+    finally: handle.remove()
+    assert seen[0].tolist() == [[16, 16, 0, 0, 16, 16]]*2
+
+
+@pytest.mark.parametrize('act, words', [
+    (lambda: flow().sample([0]), 'this model makes pictures of words; give prompt='),
+    (lambda: flow()(normal(1, 4, 8, 8), torch.tensor([5])), 'give c, rows of prompts'),
+    (lambda: tiny().sample([0], prompt='a flag'), "prompt 'a flag' was given, but this model makes pictures without words"),
+    (lambda: tiny()(normal(1, 3, 8, 8), torch.tensor([5]), torch.tensor([0])), 'leave c out'),
+    (lambda: flow().sample([0, 1], prompt=['a']), '1 prompts were given for 2 images'),
+    (lambda: flow().sample([0], prompt=[3]), '3 is no prompt'),
+    (lambda: flow().sample([0], eta=.5, prompt=''), 'eta = 0.5'),
+    (lambda: flow().sample([0], steps=0, prompt=''), 'steps = 0 makes no picture'),
+    (lambda: flow().reconstruct(normal(1, 4, 8, 8), 999.5, [0], prompt=''), 'level t = 999.5 does not exist; this model has levels above -1 up to 999'),
+    (lambda: flow().times(-1, 5), 'level t = -1 does not exist'),
+    (lambda: flow(vae=small_vae()).encode([Image.new('RGB', (8, 8))]), 'the image is 8 x 8 pixels, but this model makes 16 x 16; resize it first'),
+    (lambda: flow(vae=vae(3)), 'the VAE has latents of 3 channels, but the net wants 4'),
+    (lambda: flow(text=None), 'a SD3Transformer2DModel wants words'),
+    (lambda: Denoiser(tiny_net(), DDPMScheduler(), text=letters), 'a UNet2DModel takes no words'),
+    (lambda: Denoiser(flow_net(), DDPMScheduler(), text=letters), 'a SD3Transformer2DModel wants a FlowMatchEulerDiscreteScheduler, but the scheduler is a DDPMScheduler'),
+    (lambda: Denoiser(unet(), FlowMatchEulerDiscreteScheduler(), text=letters), 'FlowMatchEulerDiscreteScheduler has no alphas_cumprod'),
+    (lambda: Denoiser(flow_net(), FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True), text=letters), 'use_dynamic_shifting = True'),
+    (lambda: Denoiser(small_vae(), DDPMScheduler()), 'the net is a AutoencoderKL; expected one of UNet2DModel'),
+])
+def test_errors_of_words_and_latents(act, words):
+    with pytest.raises(ValueError) as e: act()
+    assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def test_an_unknown_prompt_after_free_text():
+    d = flow()
+    d.row('abc'), d.free_text()
+    with pytest.raises(ValueError) as e: d.sample([0], prompt='new')
+    assert str(e.value) == "prompt 'new' is not in the table, and the text encoders are gone; known prompts: '', 'abc'"
+
+
+def test_says_what_it_is_with_words():
+    assert repr(flow(vae=small_vae(), guidance=7.)).startswith("Denoiser('custom': 4 x 8 x 8, latents of 16 x 16 pixels, guidance 7, prompts: 1, flow, T = 1000, ")
+    assert flow().layout == torch.contiguous_format and tiny().layout == Denoiser(unet(), levels(), text=letters).layout == torch.channels_last

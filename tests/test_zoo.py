@@ -15,14 +15,15 @@ import httpx
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, DPMSolverMultistepScheduler, PNDMScheduler, UNet2DModel
-from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from conftest import ROOT
+from small_pipelines import pipeline
 from unlearn_nb import zoo
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.zoo import BUILTIN, PINS, load, save_builtin
+from unlearn_nb.zoo import BUILTIN, PINS, PIPELINES, load, save_builtin
 
 load = partial(load, device='cpu')
 CELEBA = 'google/ddpm-celebahq-256'
@@ -134,7 +135,7 @@ def test_save_builtin_round_trip(dtype, tmp_path):
     base = Denoiser(tiny_net(), DDIMScheduler(prediction_type='v_prediction', timestep_spacing='trailing', beta_end=.015))
     save_builtin(base, tmp_path/'a', 'tiny', dtype)
     assert sorted(p.name for p in (tmp_path/'a').iterdir()) == ['tiny.json', 'tiny.safetensors']
-    net, scheduler = zoo.read_builtin('tiny', tmp_path/'a')
+    net, scheduler = zoo.read_builtin('tiny', tmp_path/'a').values()
     for k, v in tiny_net().state_dict().items(): assert torch.equal(net.state_dict()[k], v.to(dtype).float())
     assert type(scheduler) is DDIMScheduler and torch.equal(scheduler.alphas_cumprod, base.scheduler.alphas_cumprod)
     assert scheduler.config.prediction_type == 'v_prediction' and scheduler.config.timestep_spacing == 'trailing'
@@ -475,3 +476,180 @@ def test_folder_errors(spoil, words, tmp_path):
     spoil(tmp_path)
     with pytest.raises(ValueError) as e: load(tmp_path)
     sentence(e, *words)
+
+
+# --- Stable Diffusion ---
+
+KINDS = {'sd3': ('StableDiffusion3Pipeline', 7., 'flow'), 'sd': ('StableDiffusionPipeline', 7.5, 'epsilon'), 'sdxl': ('StableDiffusionXLPipeline', 5., 'epsilon')}
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    "A folder with the three small pipelines, as save_pretrained writes them."
+    folder = tmp_path_factory.mktemp('pipelines')
+    for kind in KINDS: pipeline(kind).save_pretrained(folder/kind)
+    return folder
+
+
+@pytest.fixture
+def spoiled(saved, tmp_path):
+    "A copy of the small Stable Diffusion 3, to spoil."
+    return Path(shutil.copytree(saved/'sd3', tmp_path/'sd3'))
+
+
+def edit(file, **entries): file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def same_picture(d, kind):
+    "The denoiser samples what the stock pipeline does."
+    pipe, noise = pipeline(kind), torch.randn(d.shape, generator=torch.Generator().manual_seed(3))[None]
+    theirs = pipe('a red flag', latents=noise, guidance_scale=d.guidance, num_inference_steps=4, output_type='pt', height=16, width=16).images
+    assert_close(d.pixels(d.sample([3], steps=4, prompt='a red flag'))/2 + .5, theirs, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_pipeline_folder(kind, saved):
+    name, guidance, prediction = KINDS[kind]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    d = load(saved/kind)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert (d.name, d.revision, d.shape, d.size, d.guidance, d.prediction, d.dtype) == (str(saved/kind), None, (4, 8, 8), (16, 16), guidance, prediction, torch.float32)
+    assert not d.net.training and not d.vae.training and d.prompts == {'': 0}
+    assert PIPELINES[name].guidance == guidance and set(PIPELINES) == {v[0] for v in KINDS.values()}
+    same_picture(d, kind)
+    d.free_text()
+    assert d.sample([1], steps=1, prompt='a red flag').isfinite().all()
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_words_are_those_of_the_pipeline(kind):
+    pipe = pipeline(kind)
+    text = zoo.words(pipe)
+    got = text(['a red flag', '', 'my'])
+    more = {'prompt_2': None, 'prompt_3': None} if kind == 'sd3' else {}
+    theirs = pipe.encode_prompt(prompt=['a red flag', 'my'], device='cpu', num_images_per_prompt=1, do_classifier_free_guidance=True, **more)
+    for v, positive, negative in zip(got.values(), theirs[::2], theirs[1::2]):
+        assert_close(v[[0, 2]], positive, atol=1e-5, rtol=1e-5)
+        assert_close(v[1], negative[0], atol=1e-5, rtol=1e-5)
+        assert not v.requires_grad
+    assert tuple(got) == PIPELINES[type(pipe).__name__].words
+    for k, v in text(['my']).items(): assert_close(v, got[k][2:], atol=1e-5, rtol=1e-5)
+    if kind == 'sdxl': assert not any(v[1].any() for v in got.values())   # zeros stand for no words, as in stock diffusers
+
+
+def test_a_pipeline_in_half_precision(saved):
+    for kind in KINDS:
+        d = load(saved/kind, dtype=torch.bfloat16)
+        assert {p.dtype for p in [*d.net.parameters(), *d.vae.parameters()]} == {torch.bfloat16} and {v.dtype for v in d.table.values()} == {torch.bfloat16}
+        x = d.sample([0], steps=2, prompt='a red flag')
+        assert x.dtype == d.pixels(x).dtype == d.latents(d.pixels(x)).dtype == torch.float32 and x.isfinite().all()
+    d = load(saved/'sdxl', dtype=torch.float16)
+    assert d.dtype == torch.float16 and d.vae.dtype == torch.float32   # its config says force_upcast
+
+
+def test_a_vae_that_stands_float16(spoiled):
+    edit(spoiled/'vae/config.json', force_upcast=False)
+    assert load(spoiled, dtype=torch.float16).vae.dtype == torch.float16
+
+
+def test_the_filter_is_not_loaded(saved, tmp_path):
+    shutil.copytree(saved/'sd', tmp_path/'sd')
+    edit(tmp_path/'sd/model_index.json', safety_checker=['stable_diffusion', 'StableDiffusionSafetyChecker'], feature_extractor=['transformers', 'CLIPImageProcessor'], requires_safety_checker=True)
+    same_picture(load(tmp_path/'sd'), 'sd')   # there is no folder of either
+
+
+def test_t5_can_be_left_out(spoiled):
+    edit(spoiled/'model_index.json', text_encoder_3=['transformers', 'T5EncoderModel'], tokenizer_3=['transformers', 'T5TokenizerFast'])
+    same_picture(load(spoiled, without=('text_encoder_3',)), 'sd3')
+    with pytest.raises(ValueError) as e: load(spoiled)
+    sentence(e, 'text_encoder_3')
+    for part in ('text_encoder', 'vae', 't5'):
+        with pytest.raises(ValueError) as e: load(spoiled, without=(part,))
+        sentence(e, f"'{part}' cannot be left out", "only 'text_encoder_3'")
+
+
+def test_without_says_what_it_cannot_do(tmp_path):
+    write_folder(tmp_path)
+    for name in (tmp_path, 'faces'):
+        with pytest.raises(ValueError) as e: load(name, without=('text_encoder_3',))
+        sentence(e, "'text_encoder_3' cannot be left out")
+
+
+def weights(folder, part, **changes):
+    "Change the weights of a part; None takes one out."
+    file = next((folder/part).glob('*.safetensors'))
+    save_file({k: v for k, v in {**load_file(file), **changes}.items() if v is not None}, file, {'format': 'pt'})
+
+
+@pytest.mark.parametrize('spoil, words', [
+    (lambda d: weights(d, 'transformer', **{'proj_out.bias': None}), ['transformer', 'missing keys, such as proj_out.bias']),
+    (lambda d: weights(d, 'vae', surplus=torch.ones(1)), ['vae', 'surplus']),
+    (lambda d: weights(d, 'text_encoder', **{k: None for k in load_file(d/'text_encoder/model.safetensors') if 'final_layer_norm.bias' in k}), ['text_encoder', 'final_layer_norm.bias']),
+    (lambda d: weights(d, 'transformer', **{'proj_out.bias': torch.full((16,), torch.nan)}), ['proj_out.bias', 'not finite']),
+    (lambda d: shutil.rmtree(d/'vae'), ['vae']),
+    (lambda d: shutil.rmtree(d/'tokenizer'), ["the part 'tokenizer'", 'is not there']),
+    (lambda d: [f.unlink() for f in (d/'tokenizer').iterdir() if f.name != 'tokenizer_config.json'], ["the part 'tokenizer'", 'not whole']),
+    (lambda d: shutil.rmtree(d/'scheduler'), ["the part 'scheduler'", 'is not there']),
+    (lambda d: edit(d/'scheduler/scheduler_config.json', time_shift_type='odd'), ['cannot be opened as a StableDiffusion3Pipeline', 'time_shift_type']),
+    (lambda d: edit(d/'model_index.json', text_encoder=[None, None]), ['has no text_encoder', 'cannot do without']),
+    (lambda d: edit(d/'model_index.json', transformer=['diffusers', 'NoSuchModel']), ["diffusers has no 'NoSuchModel'"]),
+    (lambda d: edit(d/'model_index.json', transformer=['os', 'system']), ['has no transformer']),
+    (lambda d: (d/'model_index.json').write_text('{'), ['model_index.json', 'cannot be read as JSON']),
+    (lambda d: edit(d/'model_index.json', _class_name='FluxPipeline'), ['holds no diffusers model', 'a Stable Diffusion pipeline']),
+    (lambda d: edit(d/'scheduler/scheduler_config.json', use_dynamic_shifting=True), ['use_dynamic_shifting = True']),
+])
+def test_pipeline_errors(spoil, words, spoiled):
+    spoil(spoiled)
+    with pytest.raises(ValueError) as e: load(spoiled)
+    sentence(e, *words)
+
+
+@pytest.mark.parametrize('kind', KINDS)
+def test_pipeline_of_the_hub(kind, saved, hub):
+    shutil.copytree(saved/kind, hub.source)
+    net = PIPELINES[KINDS[kind][0]].net
+    junk = ['README.md', 'sd.safetensors', f'{net}/diffusion_pytorch_model.fp16.safetensors', f'{net}/diffusion_pytorch_model-00001-of-00002.fp16.safetensors',
+            f'{net}/diffusion_pytorch_model.bin', 'text_encoder/model.fp16.safetensors', 'text_encoder/pytorch_model.bin', 'vae/diffusion_pytorch_model.fp16.safetensors',
+            'safety_checker/model.safetensors', 'text_encoder_3/model-00001-of-00002.safetensors']
+    for name in junk:
+        (hub.source/name).parent.mkdir(exist_ok=True)
+        (hub.source/name).write_text('large')
+    d = load('someone/some-model')
+    assert (d.name, d.revision) == ('someone/some-model', 'commit1')
+    same_picture(d, kind)
+    got = {p.relative_to(hub.cache/'commit1').as_posix() for p in hub.cache.rglob('*') if p.is_file()}
+    assert not got & set(junk) and got == {p.relative_to(saved/kind).as_posix() for p in (saved/kind).rglob('*') if p.is_file()}
+    assert [r for _, r, _ in hub.asked] == [None, 'commit1']
+
+
+def test_t5_is_not_fetched_in_vain(saved, hub):
+    shutil.copytree(saved/'sd3', hub.source)
+    edit(hub.source/'model_index.json', text_encoder_3=['transformers', 'T5EncoderModel'], tokenizer_3=['transformers', 'T5TokenizerFast'])
+    for name in ('text_encoder_3/model-00001-of-00002.safetensors', 'tokenizer_3/spiece.model'):
+        (hub.source/name).parent.mkdir()
+        (hub.source/name).write_text('large')
+    same_picture(load('someone/some-model', without=('text_encoder_3',)), 'sd3')
+    assert not [p for p in hub.cache.rglob('*_3/*') if p.is_file()]
+
+
+def refusal(kind, code): return kind('refused', response=httpx.Response(code, request=httpx.Request('GET', 'https://huggingface.co')))
+
+
+@pytest.mark.parametrize('trouble', [refusal(GatedRepoError, 403), refusal(GatedRepoError, 401), refusal(HfHubHTTPError, 401), refusal(HfHubHTTPError, 403)])
+def test_a_gated_model(trouble, monkeypatch):
+    def download(*args, **kwargs): raise trouble
+    monkeypatch.setattr(zoo, 'fetch', partial(zoo.fetch, download=download))
+    with pytest.raises(PermissionError) as e: load('someone/gated')
+    sentence(e, "'someone/gated'", 'https://huggingface.co/someone/gated', 'accept', '`hf auth login`')
+
+
+@pytest.mark.parametrize('folder', ['mine', 'sd3'])
+def test_a_builtin_model_may_be_a_folder(folder, saved, tmp_path, monkeypatch):
+    if folder == 'sd3': shutil.copytree(saved/'sd3', tmp_path/'mine')
+    else: write_folder(tmp_path/'mine')
+    monkeypatch.setattr(zoo, 'ASSETS', tmp_path)
+    monkeypatch.setattr(zoo, 'BUILTIN', (*BUILTIN, 'mine'))
+    d = load('mine')
+    assert (d.name, d.revision) == ('mine', None)
+    same_picture(d, 'sd3') if folder == 'sd3' else same_weights(d)

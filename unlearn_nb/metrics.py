@@ -119,9 +119,9 @@ def arcface(file, sha256):
     return descriptor(read_torchscript(file, sha256, ARCFACE), prepare)
 
 # %% ../nbs/10_metrics.ipynb #488f3d74
-def reconstruction_curve(denoiser, x, levels, seeds, steps=25, describe=describe):
-    "Similarity to the picture x [1, C, H, W] after noise to each level and denoising, once per noise seed: [levels, seeds]."
-    return torch.stack([similarity(denoiser.reconstruct(x, t, seeds, steps), x, describe) for t in levels])
+def reconstruction_curve(denoiser, x, levels, seeds, steps=25, describe=describe, prompt=None):
+    "Similarity to the clean image x [1, C, H, W] after noise to each level and denoising, once per noise seed: [levels, seeds]. prompt: of a model that wants words."
+    return torch.stack([similarity(denoiser.pixels(denoiser.reconstruct(x, t, seeds, steps, prompt=prompt)), denoiser.pixels(x), describe) for t in levels])
 
 # %% ../nbs/10_metrics.ipynb #e7b9fa65
 def interval(values):
@@ -187,14 +187,14 @@ def subsets(distance, a, b, size, n=100, seed=0):
 
 # %% ../nbs/10_metrics.ipynb #ec48b96b
 @torch.no_grad()
-def denoising_error(denoiser, x, levels, seeds):
-    "Mean squared error per value of the clean image that the model sees in the pictures x [B, C, H, W] at each level, the same noise for every picture: [levels, B, seeds]."
+def denoising_error(denoiser, x, levels, seeds, prompt=None):
+    "Mean squared error per value of the clean image that the model sees in the clean images x [B, C, H, W] at each level, the same noise for every one: [levels, B, seeds]. prompt: of a model that wants words."
     x = x.to(denoiser.device)
-    noises = randn(generators(seeds), denoiser.shape, x.device)
+    c, noises = denoiser.rows(prompt, len(x)), randn(generators(seeds), denoiser.shape, x.device)
     def error(t, eps):
         denoiser.times(t, 1)   # is there such a level?
         level = torch.full((len(x),), t, device=x.device)
-        return (denoiser.predict(denoiser.noise(x, eps, level), t) - x).square().flatten(1).mean(1)
+        return (denoiser.predict(denoiser.noise(x, eps, level), t, c) - x).square().flatten(1).mean(1)
     return torch.stack([torch.stack([error(t, eps) for eps in noises], -1) for t in levels])
 
 # %% ../nbs/10_metrics.ipynb #2c9e6c81
@@ -225,7 +225,9 @@ def log_likelihood(denoiser, x, e, steps):
 def bits_per_dim(denoiser, x, seeds=range(1), steps=50):
     """Negative log-likelihood of pictures x [B, C, H, W] in bits per value of 8 bits, once per seed: [B, seeds]. Less is more likely.
 
-    By the probability-flow equation with Hutchinson's trace (Song et al. 2021), in `steps` steps of Heun's method; x gets uniform noise of one step of 8 bits. Signs and noise are the same for every picture."""
+    By the probability-flow equation with Hutchinson's trace (Song et al. 2021), in `steps` steps of Heun's method; x gets uniform noise of one step of 8 bits. Signs and noise are the same for every picture.
+    ValueError for a model of latents or with words: what it holds likely is not pictures."""
+    if denoiser.vae or denoiser.prompts: raise ValueError("bits per value are those of pictures, and this model makes latents, or pictures of words; use denoising_error")
     x, a, D = x.to(denoiser.device), denoiser.abar[0].sqrt(), x[0].numel()
     def bits(g):
         e = torch.randint(0, 2, denoiser.shape, generator=g).to(x) * 2 - 1

@@ -22,55 +22,59 @@ LEVELS = (100, 250, 400)          # where the reconstruction test starts
 PANEL = range(1000, 1064)         # seeds that nobody asked to change
 
 @torch.no_grad()
-def outputs(denoiser, requests, panel=PANEL, levels=LEVELS, noises=range(4), steps=25, control=None):
+def outputs(denoiser, requests, panel=PANEL, levels=LEVELS, noises=range(4), steps=25, control=None, prompts=None):
     """What the model gives now, as clean images: reconstructions {t: [requests * noises, ...]} of the forget images and of a control, the requests' own seeds, the panel's seeds.
 
-    control: a picture [1, C, H, W] that must come back as before (default: what the model gives for the first seed of the panel)."""
-    x_f, given = denoiser.encode([r.image for r in requests]), denoiser.sample(panel, steps)
-    seeds = [r.seed for r in requests if r.seed is not None]
-    def back(x): return {t: torch.cat([denoiser.reconstruct(y[None], t, noises, steps) for y in x]) for t in levels}
-    return {"reconstruction": back(x_f), "control": back(given[:1] if control is None else control), "seed": denoiser.sample(seeds, steps) if seeds else None, "panel": given}
+    control: a picture [1, C, H, W] that must come back as before (default: what the model gives for the first seed of the panel).
+    prompts: of a model with words, those of the panel, the next one for each seed (default: those of the requests)."""
+    asked, seeded = [r.prompt for r in requests], [r for r in requests if r.seed is not None]
+    said = prompts or asked
+    x_f, given = denoiser.encode([r.image for r in requests]), denoiser.sample(panel, steps, prompt=[said[k % len(said)] for k in range(len(panel))] if denoiser.prompts else None)
+    def back(x, prompts): return {t: torch.cat([denoiser.reconstruct(y[None], t, noises, steps, prompt=prompt) for y, prompt in zip(x, prompts)]) for t in levels}
+    own = denoiser.sample([r.seed for r in seeded], steps, prompt=[r.prompt for r in seeded] if denoiser.prompts else None) if seeded else None
+    return {"reconstruction": back(x_f, asked), "control": back(given[:1] if control is None else control, said), "seed": own, "panel": given}
 
 # %% ../nbs/14_report.ipynb #e11785bc
-def forgetting(x_f, x_s, before, after):
-    """One row of evidence: mean similarities to forget image and surrogate, and F between them. All inputs [B, C, H, W].
+def forgetting(x_f, x_s, before, after, describe=describe):
+    """One row of evidence: mean similarities to forget image and surrogate, and F between them. All inputs pictures [B, 3, H, W].
 
     floor: of the surrogate itself. width: half of the 95 % interval of `to_forget_after` over the B noises (None for one)."""
-    again = similarity(after, x_f)
-    floor, was, now = (s.mean().item() for s in (similarity(x_s, x_f), similarity(before, x_f), again))
+    again = similarity(after, x_f, describe)
+    floor, was, now = (s.mean().item() for s in (similarity(x_s, x_f, describe), similarity(before, x_f, describe), again))
     return {"to_forget_before": was, "to_forget_after": now, "width": interval(again.double())[1].item() if len(again) > 1 else None, "floor": floor,
-        "to_surrogate_after": similarity(after, x_s).mean().item(), "F": relative_forgetting(was, now, floor)}
+        "to_surrogate_after": similarity(after, x_s, describe).mean().item(), "F": relative_forgetting(was, now, floor)}
 
 # %% ../nbs/14_report.ipynb #543df67e
-def recalled(denoiser, earlier, steps=25):
+def recalled(denoiser, earlier, steps=25, describe=describe):
     "How similar what the model gives for each earlier request (its seed, or else the reconstruction from t = 250) is to the image that was forgotten."
-    images = [denoiser.encode([r.image]) for r in earlier]
-    return [similarity(denoiser.sample([r.seed], steps) if r.seed is not None else denoiser.reconstruct(x, 250, [0], steps), x).item() for r, x in zip(earlier, images)]
+    def given(r, x): return denoiser.reconstruct(x, 250, [0], steps, prompt=r.prompt) if r.seed is None else denoiser.sample([r.seed], steps, prompt=r.prompt)
+    return [similarity(denoiser.pixels(given(r, x)), denoiser.pixels(x), describe).item() for r in earlier for x in [denoiser.encode([r.image])]]
 
-def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, **kw):
+def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, describe=describe, **kw):
     """What the model gives without the hotfix and with it, and the report (schema 1) about it: (report, before, after). The denoiser leaves as it came, without this hotfix.
 
-    reference: the model's pictures [N, C, H, W] of still other seeds, for the quality. earlier: requests that must stay forgotten. before: the `outputs` of the model without the hotfix, if they are known. kw: as for `outputs`. Several requests are averaged."""
-    before, was_recalled = before or outputs(denoiser, requests, **kw), recalled(denoiser, earlier)
+    reference: the model's clean images [N, C, H, W] of still other seeds, for the quality. earlier: requests that must stay forgotten. before: the `outputs` of the model without the hotfix, if they are known.
+    describe: the descriptor of the similarities (room `metrics`). kw: as for `outputs`. Several requests are averaged."""
+    before, was_recalled, p = before or outputs(denoiser, requests, **kw), recalled(denoiser, earlier, describe=describe), denoiser.pixels
     control = before["panel"][:1]
     hotfix.apply(denoiser)
-    try: after, now_recalled = outputs(denoiser, requests, control=control, **kw), recalled(denoiser, earlier)
+    try: after, now_recalled = outputs(denoiser, requests, control=control, **kw), recalled(denoiser, earlier, describe=describe)
     finally: hotfix.remove(denoiser)
-    x_f, x_s = (denoiser.encode([getattr(r, k) for r in requests]) for k in ("image", "surrogate"))
+    x_f, x_s = (p(denoiser.encode([getattr(r, k) for r in requests])) for k in ("image", "surrogate"))
     rows = []
     for t, was in before["reconstruction"].items():
         n = len(was) // len(x_f)
-        rows.append({"t": t} | forgetting(x_f.repeat_interleave(n, 0), x_s.repeat_interleave(n, 0), was, after["reconstruction"][t])
-            | {f"control_{when}": similarity(out["control"][t], control).mean().item() for when, out in (("before", before), ("after", after))})
+        rows.append({"t": t} | forgetting(x_f.repeat_interleave(n, 0), x_s.repeat_interleave(n, 0), p(was), p(after["reconstruction"][t]), describe)
+            | {f"control_{when}": similarity(p(out["control"][t]), p(control), describe).mean().item() for when, out in (("before", before), ("after", after))})
     seeded = [k for k, r in enumerate(requests) if r.seed is not None]
-    same = forgetting(x_f[seeded], x_s[seeded], before["seed"], after["seed"]) if seeded else None
+    same = forgetting(x_f[seeded], x_s[seeded], p(before["seed"]), p(after["seed"]), describe) if seeded else None
     seeds = list(kw.get("panel", PANEL))
-    preserve = {"seeds": [seeds[0], seeds[-1] + 1]} | drift(before["panel"], after["panel"])
-    card, reference = hotfix.card, describe(reference)
+    preserve = {"seeds": [seeds[0], seeds[-1] + 1]} | drift(was := p(before["panel"]), now := p(after["panel"]), describe)
+    card, reference = hotfix.card, describe(p(reference))
     again = [{"seed": r.seed, "to_forget_before": a, "to_forget_after": b} for r, a, b in zip(earlier, was_recalled, now_recalled)]
     report = {"schema": 1, "passed": passes(rows, same, preserve, again), "rule": RULE, "base": card["base"], "requests": card["requests"],
         "config": card["config"], "forget": {"reconstruction": rows, "same_seed": same}, "earlier": again, "preserve": preserve,
-        "quality": {"kid_before": kid(describe(before["panel"]), reference), "kid_after": kid(describe(after["panel"]), reference)},
+        "quality": {"kid_before": kid(describe(was), reference), "kid_after": kid(describe(now), reference)},
         "cost": card["cost"], "audit": {}, "versions": card["versions"]}
     return report, before, after
 

@@ -23,44 +23,54 @@ class States:
     x_t: Tensor       # [N, S, C, H, W] states
     goal: Tensor      # [N, S, C, H, W] the clean image to believe in, in each state
     x0: Tensor        # [N, C, H, W] the pictures
+    c: Tensor | None = None      # [N] rows of their words, for a model that wants words
+    free: Tensor | None = None   # [N, S, C, H, W] what to believe in without words, for a model that is guided
 
 def draw(retain, n, g):
-    "n triples (x_t, t, goal) from `States`, or from a list of (share of the batch, `States`), with the CPU generator g."
+    "n states (x_t, t, goal), with words (x_t, t, goal, c), from `States`, or from a list of (share of the batch, `States`), with the CPU generator g. Of a guided model half of them are without words."
     if not isinstance(retain, States):
         total = sum(share for share, _ in retain)
         ends = [round(n * sum(share for share, _ in retain[:k]) / total) for k in range(len(retain) + 1)]
-        return tuple(map(torch.cat, zip(*(draw(part, b - a, g) for (_, part), a, b in zip(retain, ends, ends[1:]) if b > a))))
+        return tuple(map(torch.cat, zip(*(draw(part, b - a, g) for (_, part), a, b in zip(retain, ends, ends[1:]) if b > a), strict=True)))
     i, s = (torch.randint(size, (n,), generator=g).to(retain.levels.device) for size in retain.x_t.shape[:2])
-    return retain.x_t[i, s], retain.levels[s], retain.goal[i, s]
+    x_t, t, goal = retain.x_t[i, s], retain.levels[s], retain.goal[i, s]
+    if retain.c is None: return x_t, t, goal
+    if retain.free is None: return x_t, t, goal, retain.c[i]
+    free = torch.rand(n, generator=g).to(x_t.device) < .5
+    return x_t, t, torch.where(free.view(-1, 1, 1, 1), retain.free[i, s], goal), retain.c[i] * ~free
 
 # %% ../nbs/07_retain.ipynb #0c079bc7
 @torch.no_grad()
-def generate(denoiser, seeds, steps=25, batch=64):
-    "Follow the model's own sampling path (DDIM) once per seed, keeping all it passes through, with its own beliefs as goals."
-    times, shape = denoiser.times(denoiser.T - 1, steps).tolist(), denoiser.shape
-    parts = []
-    gens = generators(list(seeds))
-    for chunk in (gens[k:k + batch] for k in range(0, len(gens), batch)):
-        x_t, states, beliefs = randn(chunk, shape, denoiser.device), [], []
+def generate(denoiser, seeds, steps=25, batch=64, prompt=None):
+    "Follow the model's own sampling path (DDIM) once per seed, keeping all it passes through, with its own beliefs as goals. prompt: one for all seeds, or one for each."
+    times, gens, parts = denoiser.times(denoiser.T - 1, steps).tolist(), generators(list(seeds)), []
+    c = denoiser.rows(prompt, len(gens))
+    for k in range(0, len(gens), batch):
+        x_t, words, states, beliefs = randn(gens[k:k + batch], denoiser.shape, denoiser.device), None if c is None else c[k:k + batch], [], []
         for t, t_next in zip(times, times[1:] + [-1]):
             states.append(x_t)
-            beliefs.append(denoiser.predict(x_t, t))
-            x_t = denoiser.step(x_t, beliefs[-1], t, t_next)
-        parts.append((torch.stack(states, 1), torch.stack(beliefs, 1), x_t))
-    return States(torch.tensor(times, device=denoiser.device), *map(torch.cat, zip(*parts)))
+            outs, level = denoiser.answers(x_t, t, words), denoiser.level(t, len(x_t))
+            beliefs.append([denoiser.clean(x_t, out, level) for out in outs])
+            x_t = denoiser.step(x_t, denoiser.clean(x_t, denoiser.guide(*outs), level), t, t_next)
+        parts.append((torch.stack(states, 1), x_t, *(torch.stack(b, 1) for b in zip(*beliefs))))
+    x_t, x0, goal, *free = map(torch.cat, zip(*parts))
+    return States(torch.tensor(times, device=denoiser.device), x_t, goal, x0, c, *free)
 
 # %% ../nbs/07_retain.ipynb #aaf7a46d
 @torch.no_grad()
-def noised(denoiser, x0, count=12, t_max=None, seed=0, goal="belief"):
-    """`count` noised versions of each picture x0 [N, C, H, W], at levels spread evenly below t_max (default: all).
+def noised(denoiser, x0, count=12, t_max=None, seed=0, goal="belief", prompt=None):
+    """`count` noised versions of each picture x0 [N, C, H, W], at levels spread evenly below t_max (default: all). prompt: one for all, or one for each.
 
     goal: "belief", what the model itself believes there, or "picture", the picture. ValueError for another goal."""
     if goal not in ("belief", "picture"): raise ValueError(f"goal {goal!r} is not known; expected 'belief' or 'picture'")
     g, x0 = torch.Generator().manual_seed(seed), x0.to(denoiser.device)
     levels = ((torch.arange(count) + .5) / count * (t_max or denoiser.T)).long().to(denoiser.device)
     x_t = torch.stack([denoiser.noise(x0, torch.randn(x0.shape, generator=g).to(x0), t.expand(len(x0))) for t in levels], 1)
-    beliefs = [denoiser.predict(x_t[:, s], t) if goal == "belief" else x0 for s, t in enumerate(levels)]
-    return States(levels, x_t, torch.stack(beliefs, 1), x0)
+    c = denoiser.rows(prompt, len(x0))
+    def beliefs(x, t): return [denoiser.clean(x, out, denoiser.level(t, len(x))) for out in denoiser.answers(x, t, c)]
+    goals = [beliefs(x_t[:, s], t) if goal == "belief" else [x0] for s, t in enumerate(levels.tolist())]
+    goal, *free = (torch.stack(parts, 1) for parts in zip(*goals))
+    return States(levels, x_t, goal, x0, c, *free)
 
 def nearest(x0, x_f, k):
     "Indices [k] of the pictures x0 [N, C, H, W] that are nearest to x_f [1, C, H, W] in pixels, nearest first: the hard ones to keep."
@@ -103,11 +113,11 @@ def moments(denoiser, retain, w=unit_v, n=48, seed=0):
     try:
         for p, _ in trained: p.requires_grad_()
         g = torch.Generator().manual_seed(seed)
-        x_t, t, _ = draw(retain, n, g)
+        x_t, t, _, *c = draw(retain, n, g)
         errors = torch.randn(x_t.shape, generator=g).to(x_t) * w(denoiser.snr(t)).sqrt().view(-1, 1, 1, 1) * denoiser.gain(t)
         batch = max(1, 2 ** 13 // x_t[0, 0].numel())
-        for x, level, u in zip(*(v.split(batch) for v in (x_t, t, errors))):
-            with torch.enable_grad(): answer = denoiser(x, level)
+        for x, level, u, *words in zip(*(v.split(batch) for v in (x_t, t, errors, *c))):
+            with torch.enable_grad(): answer = denoiser(x, level, *words)
             back = autograd.grad(answer, [out for _, _, out in left], u, allow_unused=True)
             for (name, conv, _), a in zip(left, back):
                 if a is not None: add(name, "outputs", (a := rows(a, conv)).T @ a)

@@ -96,8 +96,13 @@ def repaint(denoiser, x0, m, x_t, start, gens, steps, resample=1):
             x_t = m * x_t + (1 - m) * known
     return x_t
 
+def plain(denoiser):
+    "ValueError for a model of latents, or with words: the edits by the model itself are for those that make pixels from nothing."
+    if denoiser.vae or denoiser.prompts: raise ValueError("this edit needs a model that makes pixels without words; edit the picture in any program, or with Pillow or `compose`")
+
 def encode_pair(denoiser, image, mask):
     "Image [1, C, H, W] and mask [1, 1, H, W] in [0, 1]."
+    plain(denoiser)
     return denoiser.encode([image]), denoiser.encode([fitting(mask, image)])[:, :1] / 2 + .5
 
 # %% ../nbs/04_surrogates.ipynb #987ebe8a
@@ -139,6 +144,7 @@ def belief(denoiser, x_t, t):
 @torch.no_grad()
 def invert(denoiser, x0, steps=25, rounds=4):
     "The noise [B, C, H, W] from which DDIM in so many steps leads to the images x0 [B, C, H, W]; rounds of the fixed point in each step (1: Song et al. 2021)."
+    plain(denoiser)
     a, s, x_t = 1., 0., x0
     for t in denoiser.times(denoiser.T - 1, steps).tolist()[::-1]:
         a_up, s_up, x_up = denoiser.abar[t].sqrt(), (1 - denoiser.abar[t]).sqrt(), x_t
@@ -169,6 +175,7 @@ def direction(denoiser, plus, minus, *, seed=0, steps=25):
 
     plus, minus: lists of PIL images of the model's size; picture i of both is seen through the same noise, so pairs of one person say most."""
     if not plus or not minus: raise ValueError(f"{len(plus)} pictures with the trait and {len(minus)} without were given; give at least one of each")
+    plain(denoiser)
     block, times = bottleneck(denoiser), denoiser.times(denoiser.T - 1, steps).tolist()
     def h(images, t):
         x0, seen = denoiser.encode(images), []

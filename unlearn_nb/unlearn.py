@@ -42,6 +42,7 @@ class Request:
     image: Image.Image
     surrogate: Image.Image
     seed: int | None = None
+    prompt: str | None = None   # of a model that wants words
 
 # %% ../nbs/09_unlearn.ipynb #b0ea6e2c
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Config:
     whiten: float = .01            # damping of the free directions (room `retain`); 0: all directions alike
     rank: int = 0                  # 0: whole weights change; r: a LoRA of rank r, in which nothing is whitened
     t_max: int = 550               # the forget image is noised to levels below this
+    levels: str = "low"            # how those are spread: "low", more of them where there is little noise; "uniform"; "logit_normal"
     own_share: float = .5          # share of the forget batch on the seed's own path, where a seed is known
     way_share: float = .5          # share of the forget batch that is moved some way to the surrogate
     retain_images: int = 64        # paths of the base model, seeds 100,000 and up
@@ -84,34 +86,48 @@ def x0_error(denoiser, out, x_t, t, goal, w):
     return w(denoiser.snr(t)).view(-1, 1, 1, 1) * denoiser.gain(t) ** 2 * (out - denoiser.target(x_t, goal, t)).square()
 
 # %% ../nbs/09_unlearn.ipynb #8d9443c4
-def x0_loss(denoiser, x_t, t, goal, w):
-    "Mean of w(snr) (x0_hat(x_t) - goal)^2 over a batch: x_t, goal [B, C, H, W], t [B]."
-    return x0_error(denoiser, denoiser(x_t, t), x_t, t, goal, w).mean()
+def x0_loss(denoiser, x_t, t, goal, w, c=None):
+    "Mean of w(snr) (x0_hat(x_t) - goal)^2 over a batch: x_t, goal [B, C, H, W], t [B], rows c [B] of words."
+    return x0_error(denoiser, denoiser(x_t, t, c), x_t, t, goal, w).mean()
+
+# %% ../nbs/09_unlearn.ipynb #2c9636eb
+LEVELS = {"low": lambda u: u ** 1.5, "uniform": lambda u: u, "logit_normal": lambda u: torch.special.ndtri(u).sigmoid()}   # u in [0, 1), spread evenly -> level / t_max
+
+def prompts_of(denoiser, requests): return [r.prompt for r in requests] if denoiser.prompts else None
 
 # %% ../nbs/09_unlearn.ipynb #cc12a10c
-def noised_states(denoiser, x_f, x_s, n, t_max, g, u=0.):
-    "n states (x_t, t, goal): forget images x_f [R, C, H, W], or what lies u of the way from there to the surrogates x_s, noised to levels t_max u^1.5, u spread evenly over [0, 1); goals are the surrogates."
+def noised_states(denoiser, x_f, x_s, n, t_max, g, u=0., c=None, levels="low"):
+    "n states (x_t, t, goal), with words (x_t, t, goal, c): forget images x_f [R, C, H, W], or what lies u of the way from there to the surrogates x_s, noised to levels below t_max as a name of `LEVELS` spreads them; goals are the surrogates. c [R]: rows of words."
     k = torch.randint(len(x_f), (n,), generator=g)
-    t = (((torch.arange(n) + torch.rand(n, generator=g)) / n) ** 1.5 * t_max).long().clamp(max=t_max - 1).to(x_f.device)
-    return denoiser.noise(x_f[k] + u * (x_s[k] - x_f[k]), torch.randn((n, *denoiser.shape), generator=g).to(x_f.device), t), t, x_s[k]
+    t = (LEVELS[levels]((torch.arange(n) + torch.rand(n, generator=g)) / n) * t_max).long().clamp(max=t_max - 1).to(x_f.device)
+    x_t = denoiser.noise(x_f[k] + u * (x_s[k] - x_f[k]), torch.randn((n, *denoiser.shape), generator=g).to(x_f.device), t)
+    return x_t, t, x_s[k], *([] if c is None else [c[k]])
 
 def own_states(denoiser, requests, x_s, steps):
     "The model's own paths to the forget images whose seeds are known, with the surrogates x_s [R, C, H, W] as goals; None if no seed is."
     seeded = [k for k, r in enumerate(requests) if r.seed is not None]
     if not seeded: return None
-    own = generate(denoiser, [requests[k].seed for k in seeded], steps)
-    return replace(own, goal=x_s[seeded][:, None].expand_as(own.goal))
+    own = generate(denoiser, [requests[k].seed for k in seeded], steps, prompt=prompts_of(denoiser, [requests[k] for k in seeded]))
+    return replace(own, goal=x_s[seeded][:, None].expand_as(own.goal), free=None)
 
-def forget_states(denoiser, x_f, x_s, own, cfg, g):
+def forget_states(denoiser, x_f, x_s, own, cfg, g, c=None):
     "The forget batch of one step: noised forget images, and a share of states of their own paths, where those are known; a share of both moved towards the surrogate."
     n = round(cfg.own_share * cfg.forget_batch) if own else 0
     far, moved = torch.rand(2, cfg.forget_batch, 1, 1, 1, generator=g).to(x_f.device)
     u = far * (moved < cfg.way_share)   # how far each is moved
-    noisy = noised_states(denoiser, x_f, x_s, cfg.forget_batch - n, cfg.t_max, g, u[n:])
+    noisy = noised_states(denoiser, x_f, x_s, cfg.forget_batch - n, cfg.t_max, g, u[n:], c, cfg.levels)
     if not n: return noisy
     i, s = (torch.randint(size, (n,), generator=g).to(x_f.device) for size in own.x_t.shape[:2])
     moved = own.x_t[i, s] + denoiser.scales(own.levels[s])[0] * u[:n] * (own.goal[i, s] - own.x0[i])
-    return tuple(map(torch.cat, zip((moved, own.levels[s], own.goal[i, s]), noisy)))
+    return tuple(map(torch.cat, zip((moved, own.levels[s], own.goal[i, s], own.c[i] if c is not None else None), noisy)))   # without words three of each
+
+# %% ../nbs/09_unlearn.ipynb #d3cb6467
+@torch.no_grad()
+def steer(denoiser, x_t, t, goal, *c):
+    "The same states with goals for the answer to the words alone, free + (goal - free) / guidance: if the answer without words stays at free, the guided one is the goal. Of a model that is not guided: as they are."
+    if denoiser.guidance == 1 or not c: return x_t, t, goal, *c
+    free = denoiser.clean(x_t, denoiser(x_t, t, torch.zeros_like(c[0])), t)
+    return x_t, t, free + (goal - free) / denoiser.guidance, *c
 
 # %% ../nbs/09_unlearn.ipynb #64d76923
 class Full:
@@ -138,7 +154,7 @@ class Full:
 
 # %% ../nbs/09_unlearn.ipynb #2424848f
 class Lora:
-    "A LoRA of the given rank beside every convolution and linear layer (Hu et al. 2021, arXiv 2106.09685), by peft."
+    "A LoRA of the given rank beside every convolution and linear layer (Hu et al. 2021, arXiv 2106.09685), by peft. The names of a model with words are those that `load_lora_weights` of its pipeline reads."
 
     def __init__(self, denoiser, rank, seed):
         from peft import LoraConfig, LoraModel
@@ -149,7 +165,8 @@ class Lora:
             self.model = LoraModel(denoiser.net, {"hotfix": LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)}, "hotfix")
         factors = {k: w for k, w in denoiser.net.named_parameters() if ".lora_" in k}
         for w in factors.values(): w.data = w.data.float()
-        self.names, self.params = list(factors), list(factors.values())
+        part = {"SD3Transformer2DModel": "transformer.", "UNet2DConditionModel": "unet."}.get(type(denoiser.net).__name__, "")
+        self.names, self.params = [part + k for k in factors], list(factors.values())
         self.weights, self.bases = self.params, []
 
     def pull(self, gradients): return list(gradients)
@@ -172,14 +189,15 @@ def form_of(denoiser, retain, cfg):
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def gradient(denoiser, batch, w, form, cfg, state, loss=x0_loss):
-    "Mean loss(denoiser, *batch, w) of a batch (x_t, t, goal), and its gradient for `form.params`: in pieces, over all processes, float32 and unscaled."
+    "Mean loss(denoiser, x_t, t, goal, w) of a batch (x_t, t, goal), with words (x_t, t, goal, c), and its gradient for `form.params`: in pieces, over all processes, float32 and unscaled."
     n, dtype = len(batch[1]), PRECISIONS[cfg.precision]
     up = min(batch[0].numel(), 2 ** 12) if cfg.precision == "fp16" else 1.
     total, mean = [torch.zeros_like(w, dtype=torch.float32) for w in form.weights], torch.zeros((), device=denoiser.device)
     mine = torch.arange(n)[state.process_index::state.num_processes]
     for rows in mine.split(cfg.micro_batch) if len(mine) else ():
         with torch.autocast(denoiser.device.type, dtype) if dtype else nullcontext():
-            part = loss(denoiser, *(v[rows.to(v.device)] for v in batch), w) * (len(rows) / n)
+            x_t, t, goal, *c = (v[rows.to(v.device)] for v in batch)
+            part = loss(denoiser, x_t, t, goal, w, *c) * (len(rows) / n)
         torch._foreach_add_(total, [g.float() for g in autograd.grad(part * up, form.weights)], alpha=1 / up)
         mean += part.detach()
     if state.num_processes > 1: mean, total = reduce(mean, "sum"), reduce(total, "sum")
@@ -198,7 +216,7 @@ def card(denoiser, requests, cfg, log, seconds, method):
     cuda = denoiser.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
     return {"schema": 1, "base": {"id": denoiser.name, "revision": denoiser.revision, "sha256": fingerprint(denoiser, base=True)}, "on": [h.id for h in denoiser.hotfixes],
-        "requests": [{"forget_sha256": sha(r.image), "surrogate_sha256": sha(r.surrogate), "seed": r.seed, "prompt": None} for r in requests],
+        "requests": [{"forget_sha256": sha(r.image), "surrogate_sha256": sha(r.surrogate), "seed": r.seed, "prompt": r.prompt} for r in requests],
         "method": named(method), "config": {k: named(v) for k, v in vars(cfg).items()}, "log": log,
         "cost": {"steps": cfg.steps, "seconds": round(seconds, 1), "peak_memory_mb": round(memory / 1e6), "device": torch.cuda.get_device_name() if cuda else "cpu"},
         "versions": {"unlearn_nb": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}}
@@ -207,7 +225,7 @@ def check(denoiser, requests, cfg, checkpoint=None):
     "Refuse (ValueError) what cannot work, before anything is computed."
     if not requests: raise ValueError("there is no request; give at least one Request(image, surrogate)")
     for r in requests:
-        denoiser.encode([r.image, r.surrogate])
+        denoiser.encode([r.image, r.surrogate]), denoiser.rows(r.prompt, 1)
         if r.seed is not None and r.seed < 0: raise ValueError(f"seed {r.seed} is below 0; give a seed of 0 or more")
     for name in ("steps", "forget_batch", "retain_batch", "micro_batch", "retain_images", "sampling_steps", "lr", "t_max", "clip", "pool"):
         if not getattr(cfg, name) > 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be above 0")
@@ -216,6 +234,7 @@ def check(denoiser, requests, cfg, checkpoint=None):
     if cfg.t_max > denoiser.T: raise ValueError(f"t_max is {cfg.t_max}, but this model has {denoiser.T} levels; give {denoiser.T} or less")
     for name in ("rank", "whiten", "near_images"):
         if not getattr(cfg, name) >= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be 0 or more")
+    if cfg.levels not in LEVELS: raise ValueError(f"levels {cfg.levels!r} is not known; expected one of {', '.join(LEVELS)}")
     if cfg.precision not in PRECISIONS: raise ValueError(f"precision {cfg.precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     if checkpoint and not Path(checkpoint).resolve().parent.is_dir(): raise ValueError(f"the checkpoint {str(checkpoint)!r} would lie in a folder that does not exist; make the folder first")
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
@@ -230,7 +249,7 @@ def alike(a, b):
 def about(denoiser, requests, earlier, retain, cfg, method):
     "What a run is about, field by field: settings, method, weights, requests, what must stay."
     def content(part): return [*part.levels.tolist(), *(v.square().mean().item() for v in (part.x_t, part.goal))] if isinstance(part, States) else [[share, content(p)] for share, p in part]
-    return {k: named(v) for k, v in vars(cfg).items()} | {"method": named(method), "weights of the model": fingerprint(denoiser), "requests": [[sha(r.image), sha(r.surrogate), r.seed] for r in requests],
+    return {k: named(v) for k, v in vars(cfg).items()} | {"method": named(method), "weights of the model": fingerprint(denoiser), "requests": [[sha(r.image), sha(r.surrogate), r.seed, r.prompt] for r in requests],
         "earlier requests": [sha(r.image) for r in earlier], "what must stay": content(retain)}
 
 def save_checkpoint(file, topic, step, log, form, opt, direction):
@@ -261,7 +280,7 @@ def load_checkpoint(file, topic, form, opt, direction):
 # %% ../nbs/09_unlearn.ipynb #c09a7a01
 @dataclass(frozen=True)
 class Task:
-    "What a method works on: forget images x_f and surrogates x_s [R, C, H, W], the model's own paths to x_f (or None), what must stay, and what moves."
+    "What a method works on: forget images x_f and surrogates x_s [R, C, H, W], rows c [R] of their words (or None), the model's own paths to x_f (or None), what must stay, and what moves."
     denoiser: object
     x_f: torch.Tensor
     x_s: torch.Tensor
@@ -270,6 +289,7 @@ class Task:
     form: object
     cfg: Config
     state: PartialState
+    c: torch.Tensor | None = None
 
     def gradient(self, batch, w, loss=x0_loss): return gradient(self.denoiser, batch, w, self.form, self.cfg, self.state, loss)
 
@@ -277,7 +297,7 @@ def edit_weigh_project(task):
     "The method of this package, a function (step, generator) -> (gradient for `form.params`, what to log); `memory` holds what the surgery remembers."
     cfg, w_f, w_r, project = task.cfg, weights.get(task.cfg.weight), weights.get(task.cfg.retain_weight), surgery.get(task.cfg.surgery)
     def direction(step, g):
-        loss_f, g_f = task.gradient(forget_states(task.denoiser, task.x_f, task.x_s, task.own, cfg, g), w_f)
+        loss_f, g_f = task.gradient(steer(task.denoiser, *forget_states(task.denoiser, task.x_f, task.x_s, task.own, cfg, g, task.c)), w_f)
         loss_r, g_r = task.gradient(draw(task.retain, cfg.retain_batch, g), w_r)
         ff, fr, rr = surgery.products(g_f, g_r)
         return (project if step else surgery.plain)(g_f, g_r), {"forget": loss_f, "retain": loss_r, "cosine": fr / sqrt(ff * rr) if ff * rr else 0., "ratio": sqrt(ff / rr) if rr else None}
@@ -285,35 +305,39 @@ def edit_weigh_project(task):
     return direction
 
 # %% ../nbs/09_unlearn.ipynb #8c787f0c
-def paths(denoiser, seeds, steps, cache=None):
-    "`retain.generate`; with a folder as cache they are kept there, under a name that depends on the weights."
-    if cache is None: return generate(denoiser, seeds, steps)
-    key = hashlib.sha256(f"{fingerprint(denoiser)} {list(seeds)} {steps}".encode()).hexdigest()[:16]
+def paths(denoiser, seeds, steps, cache=None, prompts=None):
+    "`retain.generate`, one prompt a seed; with a folder as cache they are kept there, under a name that depends on the weights."
+    if cache is None: return generate(denoiser, seeds, steps, prompt=prompts)
+    key = hashlib.sha256(f"{fingerprint(denoiser)} {list(seeds)} {steps} {prompts} {denoiser.guidance}".encode()).hexdigest()[:16]
     file = Path(cache) / f"states-{key}.safetensors"
     try: return States(**{k: v.to(denoiser.device) for k, v in load(file.read_bytes()).items()})
-    except (OSError, SafetensorError, TypeError): states = generate(denoiser, seeds, steps)
+    except (OSError, SafetensorError, TypeError): states = generate(denoiser, seeds, steps, prompt=prompts)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, save({k: v.cpu().contiguous() for k, v in vars(states).items()}))
+    write(file, save({k: v.cpu().contiguous() for k, v in vars(states).items() if v is not None}))
     return states
 
 # %% ../nbs/09_unlearn.ipynb #1dbc2661
-def default_retain(denoiser, requests, cfg, cache=None):
+def default_retain(denoiser, requests, cfg, cache=None, prompts=("",)):
     """What `unlearn` takes as what must stay, if it is given nothing: two thirds paths of any seeds, a third paths of those seeds of a pool whose pictures (in 5 steps) are nearest to a forget image.
 
+    Of a model that wants words, all of these have the words of the requests, and as many paths as of any seeds have other prompts, the next one for each.
     A list of (share, `States`). cache: a folder to keep them in."""
-    every = paths(denoiser, range(100_000, 100_000 + cfg.retain_images), cfg.sampling_steps, cache)
-    if not cfg.near_images: return [(1, every)]
-    pool = range(200_000, 200_000 + cfg.pool)
-    ends = paths(denoiser, pool, min(5, cfg.sampling_steps), cache).x0
+    def said(prompts, n): return [prompts[k % len(prompts)] for k in range(n)] if denoiser.prompts else None
+    asked, n, steps = [r.prompt for r in requests], cfg.retain_images, cfg.sampling_steps
+    every = [(2, paths(denoiser, range(100_000, 100_000 + n), steps, cache, said(asked, n)))]
+    if denoiser.prompts: every.append((2, paths(denoiser, range(300_000, 300_000 + n), steps, cache, said(prompts, n))))
+    if not cfg.near_images: return every
+    pool, words = range(200_000, 200_000 + cfg.pool), said(asked, cfg.pool)
+    ends = paths(denoiser, pool, min(5, steps), cache, words).x0
     x_f = denoiser.encode([r.image for r in requests])
     near = sorted({int(i) for x in x_f for i in nearest(ends, x[None], -(-cfg.near_images // len(x_f)))})
-    return [(2, every), (1, generate(denoiser, [pool[i] for i in near], cfg.sampling_steps))]
+    return [*every, (1, generate(denoiser, [pool[i] for i in near], steps, prompt=words and [words[i] for i in near]))]
 
 def still_forgotten(denoiser, earlier, cfg):
     "What the model, with earlier hotfixes on, makes of the images that they forgot: as further states that must stay."
-    again = noised(denoiser, denoiser.encode([r.image for r in earlier]), 25, cfg.t_max)
-    seeds = [r.seed for r in earlier if r.seed is not None]
-    return [(1, again), (1, generate(denoiser, seeds, cfg.sampling_steps))] if seeds else [(1, again)]
+    again = noised(denoiser, denoiser.encode([r.image for r in earlier]), 25, cfg.t_max, prompt=prompts_of(denoiser, earlier))
+    seeded = [r for r in earlier if r.seed is not None]
+    return [(1, again), *([(1, generate(denoiser, [r.seed for r in seeded], cfg.sampling_steps, prompt=prompts_of(denoiser, seeded)))] if seeded else [])]
 
 # %% ../nbs/09_unlearn.ipynb #c5caccc1
 def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project):
@@ -327,12 +351,13 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     retain = retain or default_retain(denoiser, requests, cfg)
     if earlier: retain = [(3, retain), (1, still_forgotten(denoiser, earlier, cfg))]
     x_f, x_s = (denoiser.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
+    c = denoiser.rows(prompts_of(denoiser, requests), len(requests))
     own, topic = own_states(denoiser, requests, x_s, cfg.sampling_steps), about(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
     form = form_of(denoiser, retain, cfg)
     opt = torch.optim.Adam(form.params, lr=cfg.lr, eps=1e-7)   # a gradient far below that is rounding
     if saving := cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing: denoiser.net.enable_gradient_checkpointing()
     try:
-        direction = method(Task(denoiser, x_f, x_s, own, retain, form, cfg, state))
+        direction = method(Task(denoiser, x_f, x_s, own, retain, form, cfg, state, c))
         first, log = load_checkpoint(checkpoint, topic, form, opt, direction) if checkpoint else (0, [])
         for step in (bar := tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not state.is_main_process)):
             g = torch.Generator().manual_seed(cfg.seed * 1_000_003 + step)
