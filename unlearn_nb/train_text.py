@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_tokenizer', 'token_ids', 'new_autoencoder', 'autoencoder_loss', 'encode_images', 'normalise', 'train_autoencoder',
-           'TextConfig', 'new_pipeline', 'encode_text', 'flow_times', 'flow_loss', 'save_pipeline', 'train_pipeline']
+           'TextConfig', 'new_pipeline', 'encode_text', 'flow_times', 'flow_loss']
 
 # %% ../nbs/18_train_text.ipynb #4a1f81a5
 import copy
@@ -127,9 +127,12 @@ def flow_loss(pipe, x0, ids, g, shift=3., empty=0):
 def save_pipeline(pipe, folder):
     "Write a pipeline as a folder that stock diffusers opens, its weights as float16, no path of this machine in it."
     half = {k: copy.deepcopy(m).to("cpu", torch.float16) if isinstance(m, nn.Module) else m for k, m in pipe.components.items()}
-    for m in half.values():
-        if hasattr(m, "register_to_config"): m.register_to_config(_name_or_path="")
     StableDiffusion3Pipeline(**half).save_pretrained(folder)
+    for file in Path(folder).rglob("*config.json"):
+        facts = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
+        if "dtype" in facts: facts["dtype"] = "float32"   # what transformers loads unless told otherwise; diffusers loads the other parts so
+        file.write_text(json.dumps(facts, indent=1) + "
+", encoding="utf-8")
 
 def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
     """Train text encoders and transformer on pictures (uint8 [N, 3, S, S]), one caption each, in the latents of vae; checkpoints in `out`, the pipeline in out/pipeline.
@@ -140,7 +143,9 @@ def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
     pipe.to(device := own_device())
     latents, ids, nothing = encode_images(vae, images), token_ids(pipe.tokenizer, captions), token_ids(pipe.tokenizer, [""])
     def loss(g, n):
-        k, drop, empty = torch.randint(len(latents), (n,), generator=g), torch.rand(n, 1, generator=g) < cfg.dropout, 256 * int(torch.rand(1, generator=g) < cfg.padded)
+        empty = 256 if torch.rand(1, generator=g) < cfg.padded else 0
+        if empty: n = max(1, n // 4)   # about as much work as in the other steps
+        k, drop = torch.randint(len(latents), (n,), generator=g), torch.rand(n, 1, generator=g) < cfg.dropout
         return flow_loss(pipe, latents[k].to(device), torch.where(drop, nothing, ids[k]).to(device), g, cfg.shift, empty)
     nets = nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")})
     fit(nets, loss, out, cfg, {"size": images.shape[-1], "pictures": len(images)})
