@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['new_tokenizer', 'token_ids', 'new_autoencoder', 'autoencoder_loss', 'encode_images', 'normalise', 'train_autoencoder',
-           'TextConfig', 'new_pipeline', 'encode_text', 'flow_times', 'flow_loss']
+           'TextConfig', 'new_pipeline', 'encode_text', 'flow_times', 'flow_loss', 'save_pipeline', 'train_pipeline']
 
 # %% ../nbs/18_train_text.ipynb #4a1f81a5
 import copy
@@ -131,8 +131,7 @@ def save_pipeline(pipe, folder):
     for file in Path(folder).rglob("*config.json"):
         facts = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
         if "dtype" in facts: facts["dtype"] = "float32"   # what transformers loads unless told otherwise; diffusers loads the other parts so
-        file.write_text(json.dumps(facts, indent=1) + "
-", encoding="utf-8")
+        file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
     """Train text encoders and transformer on pictures (uint8 [N, 3, S, S]), one caption each, in the latents of vae; checkpoints in `out`, the pipeline in out/pipeline.
