@@ -23,6 +23,7 @@ from .train import TrainConfig, fit, own_device, processes
 # %% ../nbs/18_train_text.ipynb #c30cbc0a
 def new_tokenizer(captions, length=16):
     "A CLIP tokenizer with one token for each word of the captions (byte pairs, merged until every word is whole), that pads to `length` tokens."
+    if not captions: raise ValueError("there is no caption to make tokens of; give a list of one or more")
     special = {"<|startoftext|>": 0, "<|endoftext|>": 1, "<|unknown|>": 2}
     tokenizer = CLIPTokenizer(special, [], unk_token="<|unknown|>", model_max_length=length).train_new_from_iterator(captions, 100_000)
     longest = max(captions, key=lambda c: len(tokenizer(c, truncation=False, verbose=False).input_ids))
@@ -87,10 +88,17 @@ class TextConfig:
     save_every: float = 120.    # seconds between checkpoints
     seed: int = 0
 
+    def __post_init__(self):
+        for name in ("dropout", "padded"):
+            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        if self.shift <= 0: raise ValueError(f"shift is {self.shift}; give a number above 0: 1 for none, 3 as Stable Diffusion 3 has it")
+
 # %% ../nbs/18_train_text.ipynb #1c5ff378
 def new_pipeline(vae, captions, size=64, cfg=TextConfig()):
     "A Stable Diffusion 3 pipeline with fresh small parts: two text encoders, a transformer over patches of 2 x 2 latents, no T5."
-    tokenizer, side, width = new_tokenizer(captions), size // 2 ** (len(vae.config.block_out_channels) - 1), 32 * cfg.heads
+    patch = 2 * (factor := 2 ** (len(vae.config.block_out_channels) - 1))
+    if size % patch: raise ValueError(f"pictures of {size} pixels do not split into patches of {patch}; give pictures of {size // patch * patch or patch} or {(size // patch + 1) * patch}")
+    tokenizer, side, width = new_tokenizer(captions), size // factor, 32 * cfg.heads
     text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=cfg.words, intermediate_size=4 * cfg.words, projection_dim=cfg.words, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng():
