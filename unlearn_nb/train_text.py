@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -25,7 +26,11 @@ def new_tokenizer(captions, length=16):
     "A CLIP tokenizer with one token for each word of the captions (byte pairs, merged until every word is whole), that pads to `length` tokens."
     if not captions: raise ValueError("there is no caption to make tokens of; give a list of one or more")
     special = {"<|startoftext|>": 0, "<|endoftext|>": 1, "<|unknown|>": 2}
-    tokenizer = CLIPTokenizer(special, [], unk_token="<|unknown|>", model_max_length=length).train_new_from_iterator(captions, 100_000)
+    def clip(vocabulary, merges): return CLIPTokenizer(vocabulary, merges, unk_token="<|unknown|>", model_max_length=length)
+    backend = clip(special, []).backend_tokenizer
+    backend.train_from_iterator(captions, BpeTrainer(vocab_size=100_000, special_tokens=list(special), initial_alphabet=[], end_of_word_suffix="</w>", show_progress=False))
+    model = json.loads(backend.to_str())["model"]
+    tokenizer = clip(model["vocab"], [tuple(m) for m in model["merges"]])
     longest = max(captions, key=lambda c: len(tokenizer(c, truncation=False, verbose=False).input_ids))
     if (n := len(tokenizer(longest, verbose=False).input_ids)) > length: raise ValueError(f"the caption {longest!r} has {n} tokens, its start and end among them; give length={n} or shorter captions")
     return tokenizer
@@ -35,7 +40,7 @@ def token_ids(tokenizer, captions):
     return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 # %% ../nbs/18_train_text.ipynb #a1f69e08
-def new_autoencoder(channels=(16, 32, 32), seed=0):
+def new_autoencoder(channels=(16, 24, 32), seed=0):
     "A fresh small `AutoencoderKL`: each level after the first halves the picture; four numbers are left of each patch."
     n = len(channels)
     with torch.random.fork_rng():
@@ -63,7 +68,7 @@ def normalise(vae, images):
     std, mean = torch.std_mean(encode_images(vae, images).double())
     vae.register_to_config(shift_factor=mean.item(), scaling_factor=1 / std.item())
 
-def train_autoencoder(images, out, cfg=TrainConfig(minutes=15, batch=16, lr=2e-3, channels=(16, 32, 32))):
+def train_autoencoder(images, out, cfg=TrainConfig(minutes=20, batch=8, lr=2e-3, channels=(16, 24, 32))):
     "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, its checkpoints in `out`; returns it, normalised."
     vae = new_autoencoder(cfg.channels, cfg.seed).to(own_device())
     def loss(g, n): return autoencoder_loss(vae, images[torch.randint(len(images), (n,), generator=g)].to(vae.device).float() / 127.5 - 1, g)
@@ -99,7 +104,7 @@ def new_pipeline(vae, captions, size=64, cfg=TextConfig()):
     patch = 2 * (factor := 2 ** (len(vae.config.block_out_channels) - 1))
     if size % patch: raise ValueError(f"pictures of {size} pixels do not split into patches of {patch}; give pictures of {size // patch * patch or patch} or {(size // patch + 1) * patch}")
     tokenizer, side, width = new_tokenizer(captions), size // factor, 32 * cfg.heads
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=cfg.words, intermediate_size=4 * cfg.words, projection_dim=cfg.words, num_hidden_layers=2, num_attention_heads=2,
+    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=cfg.words, intermediate_size=2 * cfg.words, projection_dim=cfg.words, num_hidden_layers=2, num_attention_heads=2,
         max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
