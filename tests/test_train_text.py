@@ -1,4 +1,5 @@
 "The text-to-image room: tokens, latents and loss as the pipeline has them; a killed run goes on; stock diffusers opens what is written."
+import ast
 import json
 import math
 import subprocess
@@ -61,6 +62,23 @@ def test_every_word_is_one_token_of_its_own(tmp_path, again):
     assert len({i[1] for i in ids}) == len(words) and tokenizer.unk_token_id not in {i[1] for i in ids}
     assert len({tuple(i) for i in token_ids(tokenizer, EVERY).tolist()}) == len(set(EVERY))
     assert token_ids(tokenizer, ['']).tolist() == [[tokenizer.bos_token_id] + 15*[tokenizer.eos_token_id]]
+
+
+def test_tokens_depend_on_the_captions_alone():
+    "In any order and number, in this process and in another: a run that goes on must find the words where it left them."
+    code = "from unlearn_nb.flags import CAPTIONS, FLAGS, caption; from unlearn_nb.train_text import new_tokenizer; print(new_tokenizer([caption(n, k) for n in FLAGS for k in range(len(CAPTIONS))]).get_vocab())"
+    done = subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=200)
+    vocabulary = new_tokenizer(EVERY).get_vocab()
+    assert done.returncode == 0 and ast.literal_eval(done.stdout) == vocabulary, done.stderr
+    assert new_tokenizer(2*EVERY[::-1]).get_vocab() == vocabulary
+
+
+@given(st.lists(st.text('ab', min_size=1, max_size=7), min_size=1, max_size=6))
+@settings(max_examples=60)
+def test_words_of_few_letters_are_whole_too(words):
+    "Letters that repeat make pairs that overlap."
+    tokenizer = new_tokenizer(words)
+    assert [tokenizer.tokenize(w) for w in words] == [[w + '</w>'] for w in words]
 
 
 def test_the_apostrophe_is_a_token():
@@ -292,7 +310,7 @@ def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
     train_pipeline(x, captions, new_autoencoder((8, 8)), tmp_path, TextConfig(steps=1, **TINY))
     for other in (dict(seed=1), dict(layers=1), dict(shift=1.)):
         with pytest.raises(ValueError, match='other settings'): train_pipeline(x, captions, new_autoencoder((8, 8)), tmp_path, TextConfig(**dict(steps=1, **TINY) | other))
-    with pytest.raises(ValueError, match='other settings'): train_pipeline(x[1:], captions[1:], new_autoencoder((8, 8)), tmp_path, TextConfig(steps=1, **TINY))
+    with pytest.raises(ValueError, match='other settings'): train_pipeline(x, captions[::-1], new_autoencoder((8, 8)), tmp_path, TextConfig(steps=1, **TINY))
 
 
 # Each of the two stages is killed at an arbitrary moment after its first checkpoint; fork saves the time of a second import.

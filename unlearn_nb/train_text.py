@@ -6,32 +6,44 @@
 __all__ = ['new_tokenizer', 'token_ids', 'new_autoencoder', 'autoencoder_loss', 'encode_images', 'normalise', 'train_autoencoder',
            'TextConfig', 'new_pipeline', 'encode_text', 'flow_times', 'flow_loss', 'save_pipeline', 'train_pipeline']
 
-# %% ../nbs/18_train_text.ipynb #4a1f81a5
+# %% ../nbs/18_train_text.ipynb #76b5871e
 import copy
+import hashlib
 import json
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
-from tokenizers.trainers import BpeTrainer
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
 from .train import TrainConfig, fit, own_device, processes
 
-# %% ../nbs/18_train_text.ipynb #c30cbc0a
+# %% ../nbs/18_train_text.ipynb #fb2bc095
+def whole_words(words):
+    "Pairs to merge, in this order, until each word is one piece: the most frequent pair of neighbours first (Sennrich et al. 2016), the last of the alphabet among equals."
+    pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in sorted(words)], []
+    while pairs := Counter(pair for p in pieces for pair in zip(p, p[1:])):
+        merges.append(best := max(pairs, key=lambda pair: (pairs[pair], pair)))
+        for p in pieces:
+            for k in range(len(p)):
+                if tuple(p[k:k + 2]) == best: p[k:k + 2] = ["".join(best)]
+    return merges
+
+# %% ../nbs/18_train_text.ipynb #3ce4f798
 def new_tokenizer(captions, length=16):
-    "A CLIP tokenizer with one token for each word of the captions (byte pairs, merged until every word is whole), that pads to `length` tokens."
+    "A CLIP tokenizer with one token for each word of the captions, that pads to `length` tokens."
     if not captions: raise ValueError("there is no caption to make tokens of; give a list of one or more")
-    special = {"<|startoftext|>": 0, "<|endoftext|>": 1, "<|unknown|>": 2}
-    def clip(vocabulary, merges): return CLIPTokenizer(vocabulary, merges, unk_token="<|unknown|>", model_max_length=length)
+    def clip(pieces, merges): return CLIPTokenizer({piece: k for k, piece in enumerate(pieces)}, merges, unk_token="<|unknown|>", model_max_length=length)
+    special = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
     backend = clip(special, []).backend_tokenizer
-    backend.train_from_iterator(captions, BpeTrainer(vocab_size=100_000, special_tokens=list(special), initial_alphabet=[], end_of_word_suffix="</w>", show_progress=False))
-    model = json.loads(backend.to_str())["model"]
-    tokenizer = clip(model["vocab"], [tuple(m) for m in model["merges"]])
-    longest = max(captions, key=lambda c: len(tokenizer(c, truncation=False, verbose=False).input_ids))
+    words = {w for c in set(captions) for w, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(c))}
+    letters, merges = {piece for w in words for piece in (*w, w[-1] + "</w>")}, whole_words(words)
+    tokenizer = clip(special + sorted(letters) + ["".join(m) for m in merges], merges)
+    longest = max(captions, key=lambda c: len(tokenizer(c, verbose=False).input_ids))
     if (n := len(tokenizer(longest, verbose=False).input_ids)) > length: raise ValueError(f"the caption {longest!r} has {n} tokens, its start and end among them; give length={n} or shorter captions")
     return tokenizer
 
@@ -160,7 +172,7 @@ def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
         k, drop = torch.randint(len(latents), (n,), generator=g), torch.rand(n, 1, generator=g) < cfg.dropout
         return flow_loss(pipe, latents[k].to(device), torch.where(drop, nothing, ids[k]).to(device), g, cfg.shift, empty)
     nets = nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")})
-    fit(nets, loss, out, cfg, {"size": images.shape[-1], "pictures": len(images)})
+    fit(nets, loss, out, cfg, {"size": images.shape[-1], "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()})
     nets.eval()
     if processes()[0] == 0: save_pipeline(pipe, Path(out) / "pipeline")
     return pipe
