@@ -21,7 +21,7 @@ FLOORS = [  # imports go from a later line to an earlier one, and never sideways
     ['faces', 'flags'],
     ['denoiser', 'weights', 'surgery'],
     ['zoo', 'surrogates', 'retain', 'hotfix', 'metrics', 'train'],
-    ['unlearn', 'audit'],
+    ['unlearn', 'audit', 'train_text'],
     ['report', 'bench'],
     ['baselines'],
     ['cli', 'studio'],
