@@ -15,7 +15,7 @@ from unlearn_nb.metrics import bits_per_dim, denoising_error, psnr, reconstructi
 from unlearn_nb.report import evaluate, figure, table
 from unlearn_nb.retain import States, draw, generate, moments, nearest, noised, whitening
 from unlearn_nb.unlearn import LEVELS, Config, Request, default_retain, forget_states, own_states, steer, unlearn
-from unlearn_nb.zoo import PIPELINES, words
+from unlearn_nb.zoo import PIPELINES, load, words
 
 KINDS = [('sd3',), ('sd', 'epsilon'), ('sd', 'v_prediction'), ('sdxl', 'epsilon')]
 SMALL = Config(steps=6, forget_batch=4, retain_batch=6, retain_images=3, near_images=2, pool=4, sampling_steps=5, whiten=.01, weight='min_snr')
@@ -260,3 +260,23 @@ def test_edits_by_the_model_itself_are_refused_where_it_has_words(sd3, edit):
 
 def test_bits_of_a_model_with_words_are_refused(sd3):
     with pytest.raises(ValueError, match='this model makes latents'): bits_per_dim(sd3, torch.zeros(1, 4, 8, 8))
+
+
+def test_the_preset_for_stable_diffusion_3_runs_in_bfloat16_and_is_that_of_a_large_flow(tmp_path):
+    pipe = pipeline('sd3')
+    pipe.save_pretrained(tmp_path/'model')
+    d = load(tmp_path/'model', dtype=torch.bfloat16)
+    request, base = request_of(d), fingerprint(d)
+    hotfix = unlearn(d, [request], cfg=Config.sd3(steps=2, retain_images=2, sampling_steps=3))
+    assert d.dtype == torch.bfloat16 and fingerprint(d) == base and all(v.isfinite().all() for v in hotfix.delta.values())
+    assert hotfix.card['config']['rank'] == 16 and any(v.abs().max() > 0 for k, v in hotfix.delta.items() if 'lora_B' in k)
+    assert Config.of(d) == Config()
+
+
+@pytest.mark.parametrize('prediction, preset', [('flow', Config.sd3()), ('epsilon', Config.t4())])
+def test_a_large_model_has_the_preset_of_its_kind(prediction, preset):
+    class Net:
+        def parameters(self): return [torch.empty(25_000_000, device='meta')]
+    class Large: net = Net()
+    Large.prediction = prediction
+    assert Config.of(Large()) == preset

@@ -76,9 +76,16 @@ class Config:
         return cls(**dict(forget_batch=4, retain_batch=4, retain_images=16, near_images=0, lr=3e-5, whiten=0.) | kw)
 
     @classmethod
+    def sd3(cls, **kw):
+        "For Stable Diffusion 3: a LoRA, one state at a time, in bfloat16; the levels and the weight are those of a flow. Untuned."
+        return cls(**dict(forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., rank=16, t_max=1000, levels="logit_normal", retain_images=16, near_images=0,
+            sampling_steps=14, precision="bf16", gradient_checkpointing=True) | kw)
+
+    @classmethod
     def of(cls, denoiser, **kw):
-        "The preset for a model of that size: as it is up to 20 M weights, above that `t4`."
-        return (cls.t4 if sum(w.numel() for w in denoiser.net.parameters()) > 20e6 else cls)(**kw)
+        "The preset for a model of that size: as it is up to 20 M weights, above that `sd3` for a flow, `t4` for others."
+        large = cls.sd3 if denoiser.prediction == "flow" else cls.t4
+        return (large if sum(w.numel() for w in denoiser.net.parameters()) > 20e6 else cls)(**kw)
 
 # %% ../nbs/09_unlearn.ipynb #c09a7a03
 def x0_error(denoiser, out, x_t, t, goal, w):
