@@ -40,7 +40,7 @@ def features(seed, *sizes, D=12): return [torch.randn(n, D, generator=g, dtype=t
 # --- UCE: the map of words ---
 
 @given(seeds, st.integers(1, 20), st.integers(0, 20), st.floats(1e-2, 10))
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_uce_is_least_squares_and_the_formula_of_its_paper(seed, n, m, lam):
     (old, new, keep), (W,) = features(seed, n, n, m), features(seed + 1, 5)
     ours, root = W + W @ map_of_words(old, new, keep, lam), lam**.5*torch.eye(12, dtype=torch.float64)
@@ -52,12 +52,13 @@ def test_uce_is_least_squares_and_the_formula_of_its_paper(seed, n, m, lam):
 
 
 @given(seeds)
+@settings(max_examples=25)
 def test_with_a_small_lam_old_words_become_new_ones_and_kept_words_stay(seed):
     old, new, keep = features(seed, 3, 3, 4)
-    P = map_of_words(old, new, keep, 1e-10)
+    P = map_of_words(old, new, keep, 1e-8)
     assert_close(old + old @ P.T, new, rtol=0, atol=1e-4)
     assert_close(keep @ P.T, torch.zeros_like(keep), rtol=0, atol=1e-4)
-    assert torch.linalg.matrix_rank(P, rtol=1e-6) == 3
+    assert torch.linalg.matrix_rank(P, rtol=1e-5) == 3
 
 
 def test_the_same_words_change_nothing():
