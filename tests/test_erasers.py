@@ -55,9 +55,9 @@ def test_uce_is_least_squares_and_the_formula_of_its_paper(seed, n, m, lam):
 @settings(max_examples=25)
 def test_with_a_small_lam_old_words_become_new_ones_and_kept_words_stay(seed):
     old, new, keep = features(seed, 3, 3, 4)
-    P = map_of_words(old, new, keep, 1e-8)
-    assert_close(old + old @ P.T, new, rtol=0, atol=1e-4)
-    assert_close(keep @ P.T, torch.zeros_like(keep), rtol=0, atol=1e-4)
+    P = map_of_words(old, new, keep, 1e-6)
+    assert_close(old + old @ P.T, new, rtol=0, atol=1e-3)
+    assert_close(keep @ P.T, torch.zeros_like(keep), rtol=0, atol=1e-3)
     assert torch.linalg.matrix_rank(P, rtol=1e-5) == 3
 
 
