@@ -54,7 +54,7 @@ def erased_states(denoiser, prompts, n, steps, eta):
 
 # %% ../nbs/19_erasers.ipynb #e1a5000e
 def esd(task, part="words", eta=1.):
-    "ESD (arXiv 2303.07345): the answer to the prompt goes where negative guidance of the base would put it. part: \"words\" is ESD-x, \"rest\" ESD-u, or \"all\"."
+    "ESD (arXiv 2303.07345): the answer to the prompt goes where negative guidance of the base would put it. part: words is ESD-x, rest ESD-u; or all."
     states = erased_states(task.denoiser, asked(task), task.cfg.retain_images, task.cfg.sampling_steps, eta)
     moving, w = chosen(task, part), AS_TRAINED[task.denoiser.prediction]
     def direction(step, g):
