@@ -23,7 +23,7 @@ FLOORS = [  # imports go from a later line to an earlier one, and never sideways
     ['zoo', 'surrogates', 'retain', 'hotfix', 'metrics', 'train'],
     ['unlearn', 'audit', 'train_text'],
     ['report', 'bench'],
-    ['baselines'],
+    ['baselines', 'erasers'],
     ['cli', 'studio'],
 ]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
