@@ -261,6 +261,11 @@ def test_checkpointing_trades_operations_for_memory(small_sd3):
     assert small_sd3["adam"] == 2 * small_sd3["lora"] < small_sd3["weights"]
 
 
+def test_two_and_three_blocks_say_what_all_take(small_sd3):
+    direct = bench.count(SMALL_SD3, Config.sd3(), 256)
+    for k, v in direct.items(): assert small_sd3[k] == pytest.approx(v, rel=1e-2), k
+
+
 def test_the_count_leaves_functions_as_they_were():
     before = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
     with pytest.raises(ZeroDivisionError):
