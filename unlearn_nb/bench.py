@@ -328,11 +328,10 @@ def as_on_cuda(dtype=None):
 
 # %% ../nbs/17_bench.ipynb #5d3a0005
 def both(f):
-    "Operations and peak of bytes of f(), in one run."
-    peak = []
-    return flops(lambda: peak.append(peak_memory(f))), peak[0]
+    "Operations, and peak of bytes, of f(). Two runs: the counter of operations keeps tensors alive."
+    return flops(f), peak_memory(f)
 
-def counted(plan, cfg, side, together=16):
+def count(plan, cfg, side, together=16):
     "What a step takes for a net of that plan, at side x side pixels, on the meta device: operations, and bytes beyond the weights. together: states that sampling has in the net at once."
     d, dtype = on_meta(plan | {"sample_size": side // 8}), PRECISIONS[cfg.precision]
     net, n, m = d.net, cfg.forget_batch, cfg.micro_batch
@@ -350,5 +349,11 @@ def counted(plan, cfg, side, together=16):
         with as_on_cuda(dtype): passes[saving] = both(lambda: autograd.grad(x0_loss(d, *batch(m)[:3], weights.get(cfg.weight), batch(m)[3]), form.weights))
     size = sum(p.numel() for p in form.params)
     return {"weights": resting, "lora": 4 * size, "adam": 8 * size, "gradients": 12 * size, "forward": sampling / together, "sampling_peak": sampling_peak, "steering_peak": steering_peak,
-        "learning": {k: ops / m for k, (ops, _) in passes.items()}, "peak": {k: bytes for k, (_, bytes) in passes.items()},
+        "learning": {k: ops / m for k, (ops, _) in passes.items()}, "peak": {k: held for k, (_, held) in passes.items()},
         "step": {k: steering + (n + cfg.retain_batch) * ops / m for k, (ops, _) in passes.items()}}
+
+def counted(plan, cfg, side, together=16):
+    "`count` of a net whose blocks are alike, from nets of two and of three such blocks: each further one takes what the third took."
+    more = plan["num_layers"] - 2
+    def on(a, b): return {k: on(a[k], b[k]) for k in a} if isinstance(a, dict) else a + more * (b - a)
+    return on(*(count(plan | {"num_layers": n}, cfg, side, together) for n in (2, 3)))
