@@ -78,14 +78,12 @@ class Config:
     @classmethod
     def sd3(cls, **kw):
         "For Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16: a LoRA, one state at a time, 50 pictures of the request's words and 50 of others. Never run at that size, so untuned."
-        return cls(**dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., t_max=1000, levels="logit_normal",
-            retain_images=50, near_images=0, sampling_steps=28, precision="bf16", gradient_checkpointing=True) | kw)
+        return cls(**dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=28, precision="bf16", gradient_checkpointing=True) | kw)
 
     @classmethod
     def of(cls, denoiser, **kw):
         "The preset for a model of that size: as it is up to 20 M weights, above that `t4`, or `sd3` for a flow."
-        if sum(w.numel() for w in denoiser.net.parameters()) <= 20e6: return cls(**kw)
-        return (cls.sd3 if denoiser.prediction == "flow" else cls.t4)(**kw)
+        return (cls if sum(w.numel() for w in denoiser.net.parameters()) <= 20e6 else cls.sd3 if denoiser.prediction == "flow" else cls.t4)(**kw)
 
 # %% ../nbs/09_unlearn.ipynb #c09a7a03
 def x0_error(denoiser, out, x_t, t, goal, w):
