@@ -4,7 +4,7 @@ from functools import lru_cache
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline, StableDiffusionPipeline,
                        StableDiffusionXLPipeline, UNet2DConditionModel)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config, T5EncoderModel, T5TokenizerFast
 
 LETTERS = 'abcdefghijklmnopqrstuvwxyz'
 VOCABULARY = ['<|startoftext|>', '<|endoftext|>', *LETTERS, *(f'{c}</w>' for c in LETTERS), 're', 'red</w>', 'fl', 'ag</w>', 'flag</w>']
@@ -17,6 +17,15 @@ def tokenizer(): return CLIPTokenizer(vocab={w: k for k, w in enumerate(VOCABULA
 def text_encoder(kind, **config):
     return kind(CLIPTextConfig(vocab_size=len(VOCABULARY), hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=2, projection_dim=32,
                                max_position_embeddings=16, bos_token_id=0, eos_token_id=1, pad_token_id=1, **config)).eval()
+
+
+PIECES = [('<pad>', 0.), ('</s>', 0.), ('<unk>', 0.), ('\u2581', -2.), *((c, -3.) for c in LETTERS), ('\u2581red', -1.), ('\u2581flag', -1.)]   # of T5, with log probabilities
+
+
+def t5():
+    "A T5 and its tokenizer; as wide as the two CLIPs together."
+    config = T5Config(vocab_size=len(PIECES), d_model=64, d_kv=8, d_ff=32, num_layers=2, num_heads=2, feed_forward_proj='gated-gelu')
+    return T5EncoderModel(config).eval(), T5TokenizerFast(vocab=PIECES, extra_ids=0, model_max_length=16)
 
 
 def vae(channels=4, **config):
@@ -41,9 +50,9 @@ def levels(prediction='epsilon'):
 
 
 def make(kind, prediction='epsilon', shift=3.):
-    if kind == 'sd3':
+    if kind in ('sd3', 'sd3 with t5'):
         return StableDiffusion3Pipeline(transformer(), FlowMatchEulerDiscreteScheduler(shift=shift), vae(scaling_factor=1.5, shift_factor=.06),
-            text_encoder(CLIPTextModelWithProjection), tokenizer(), text_encoder(CLIPTextModelWithProjection, hidden_act='gelu'), tokenizer(), None, None)
+            text_encoder(CLIPTextModelWithProjection), tokenizer(), text_encoder(CLIPTextModelWithProjection, hidden_act='gelu'), tokenizer(), *(t5() if 't5' in kind else (None, None)))
     if kind == 'sd':
         return StableDiffusionPipeline(vae(), text_encoder(CLIPTextModel), tokenizer(), unet(), levels(prediction), None, None, requires_safety_checker=False)
     xl = unet(64, addition_embed_type='text_time', addition_time_embed_dim=8, projection_class_embeddings_input_dim=6*8 + 32, transformer_layers_per_block=1)
@@ -52,7 +61,7 @@ def make(kind, prediction='epsilon', shift=3.):
 
 @lru_cache
 def pipeline(*args):
-    "One of 'sd', 'sdxl', 'sd3' with random weights, the same in every test."
+    "One of 'sd', 'sdxl', 'sd3', 'sd3 with t5' with random weights, the same in every test."
     with torch.random.fork_rng():
         torch.manual_seed(0)
         pipe = make(*args)

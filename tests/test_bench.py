@@ -16,7 +16,7 @@ from unlearn_nb import bench, surgery
 from unlearn_nb.cli import main
 from unlearn_nb.hotfix import fingerprint
 from unlearn_nb.retain import generate
-from unlearn_nb.unlearn import unlearn
+from unlearn_nb.unlearn import Config, unlearn
 
 SMALL = replace(TINY, retain_batch=6)
 
@@ -207,7 +207,7 @@ def test_what_is_timed(cuda, bf16, model, precision, batch, monkeypatch):
     "On CUDA the same code gets another net: the plan of CelebA-HQ, here narrower and on the CPU."
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
-    monkeypatch.setattr(bench, "random_model", lambda config, scheduler, device, name: SimpleNamespace(name=name, device=device, net=torch.nn.Linear(5000, 5000)))
+    monkeypatch.setattr(bench, "random_model", lambda config, scheduler, device, name: SimpleNamespace(name=name, device=device, prediction="epsilon", net=torch.nn.Linear(5000, 5000)))
     monkeypatch.setattr(bench, "load", lambda name: SimpleNamespace(name=name, net=torch.nn.Linear(2, 2)))
     denoiser, cfg = bench.subject(model)
     assert (cfg.precision, cfg.forget_batch) == (precision, batch)
@@ -220,6 +220,57 @@ def test_the_plan_is_that_of_celebahq():
     assert sum(p.numel() for p in ours.parameters()) == 113_673_219
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in published.state_dict().items()}
     assert all(list(v) == list(published.config[k]) if isinstance(v, (list, tuple)) else v == published.config[k] for k, v in ours.config.items() if not k.startswith("_"))
+
+
+# --- Stable Diffusion 3 without its weights ---
+
+SMALL_SD3 = bench.SD3 | dict(num_layers=4, num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=128, pooled_projection_dim=32, pos_embed_max_size=32)
+
+
+@pytest.mark.parametrize("plan, weights", [("SD3", 2_028_328_000), ("SD35", 2_243_171_520)])
+def test_the_published_plans_have_the_published_counts(plan, weights):
+    d = bench.on_meta(getattr(bench, plan))
+    assert sum(p.numel() for p in d.net.parameters()) == weights and {p.dtype for p in d.net.parameters()} == {torch.bfloat16}
+    assert d.shape == (16, 128, 128) and d.prediction == "flow" and {p.device.type for p in d.net.parameters()} == {"meta"}
+
+
+def by_hand(plan, side):
+    "Operations of the matrix products in one forward pass of a Stable Diffusion 3 net."
+    N, T, D, C = (side // 16) ** 2, bench.TOKENS, plan["num_attention_heads"] * plan["attention_head_dim"], 4 * plan["in_channels"]
+    ends = N * D * C * 2 + T * plan["joint_attention_dim"] * D + (256 + plan["pooled_projection_dim"] + 2 * D) * D + 2 * D * D
+    picture, words = N * 12 * D * D + 6 * D * D, T * 12 * D * D + 6 * D * D       # q, k, v, out, and a hidden layer of four times the width; scales and shifts
+    last = T * 3 * D * D + 2 * D * D                                              # the last block gives no words back
+    return 2 * (ends + plan["num_layers"] * (picture + 2 * (N + T) ** 2 * D) + (plan["num_layers"] - 1) * words + last)
+
+
+@pytest.fixture(scope="module")
+def small_sd3(): return bench.counted(SMALL_SD3, Config.sd3(), 256)
+
+
+def test_the_counter_counts_what_a_hand_counts(small_sd3):
+    "Attention is among it."
+    assert small_sd3["forward"] == pytest.approx(by_hand(SMALL_SD3, 256), rel=.02)
+    assert by_hand(bench.SD3, 1024) / 1e12 == pytest.approx(8.9, rel=.02)
+
+
+def test_checkpointing_trades_operations_for_memory(small_sd3):
+    assert small_sd3["peak"][True] < .6 * small_sd3["peak"][False]
+    a, b = small_sd3["learning"][False], small_sd3["learning"][True]
+    assert 2 * small_sd3["forward"] < a < 3.2 * small_sd3["forward"] and a + .7 * small_sd3["forward"] < b < a + 1.2 * small_sd3["forward"]
+    assert 12 * small_sd3["forward"] < small_sd3["step"][False] < small_sd3["step"][True]
+    assert small_sd3["adam"] == 2 * small_sd3["lora"] < small_sd3["weights"]
+
+
+def test_two_and_three_blocks_say_what_all_take(small_sd3):
+    direct = bench.count(SMALL_SD3, Config.sd3(), 256)
+    for k, v in direct.items(): assert small_sd3[k] == pytest.approx(v, rel=1e-2), k
+
+
+def test_the_count_leaves_functions_as_they_were():
+    before = torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention
+    with pytest.raises(ZeroDivisionError):
+        with bench.as_on_cuda(torch.bfloat16): 1 / 0
+    assert before == (torch.nn.functional.linear, torch.nn.functional.scaled_dot_product_attention)
 
 
 @pytest.mark.parametrize("width", [.25, .5])

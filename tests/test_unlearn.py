@@ -606,8 +606,9 @@ def test_a_retain_gradient_of_zero_has_no_ratio():
 
 
 def test_the_preset_fits_the_size_of_the_model():
-    def sized(n): return SimpleNamespace(net=SimpleNamespace(parameters=lambda: [torch.empty(n, device="meta")]))
+    def sized(n, prediction="epsilon"): return SimpleNamespace(prediction=prediction, net=SimpleNamespace(parameters=lambda: [torch.empty(n, device="meta")]))
     assert Config.of(sized(2_165_891), steps=7) == Config(steps=7) and Config.of(sized(113_673_219), rank=2) == Config.t4(rank=2) != Config(rank=2)
+    assert Config.of(sized(2_028_328_000, "flow"), steps=7) == Config.sd3(steps=7) != Config.t4(steps=7) and Config.of(sized(9_000, "flow")) == Config()
 
 
 # --- refused ---

@@ -202,6 +202,60 @@ def test_a_saved_lora_comes_back_and_is_refused_on_another_base(sd3, tmp_path):
     with pytest.raises(ValueError, match='was made for the base'): again.apply(denoiser_of(pipeline('sd', 'epsilon')))
 
 
+# --- Stable Diffusion 3 with all three encoders, from a folder ---
+
+SD3 = Config.sd3(steps=3, retain_images=2, sampling_steps=4, lr=1e-2)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    pipeline('sd3 with t5').save_pretrained(path := tmp_path_factory.mktemp('sd3'))
+    return path
+
+
+def test_the_preset_runs_from_folder_to_hotfix_and_back(folder, tmp_path):
+    d = load(folder, device='cpu')
+    request, base = request_of(d), fingerprint(d)
+    for prompt in ('red flag', ''): d.row(prompt)
+    d.free_text()
+    hotfix = unlearn(d, [request], cfg=SD3)
+    assert fingerprint(d) == base and all(k.startswith('transformer.') for k in hotfix.delta) and any(v.any() for v in hotfix.delta.values())
+    hotfix.save(tmp_path/'fix')
+    again, was = Hotfix.load(tmp_path/'fix'), d.sample([7], 4, prompt='red flag')
+    again.apply(d)
+    assert fingerprint(d) != base and not torch.equal(d.sample([7], 4, prompt='red flag'), was)
+    again.remove(d)
+    assert fingerprint(d) == base and torch.equal(d.sample([7], 4, prompt='red flag'), was)
+
+
+def test_t5_is_read_and_can_be_left_out(folder):
+    whole, less = load(folder, device='cpu'), load(folder, device='cpu', without=('text_encoder_3',))
+    a, b = (d.text(['red flag'])['encoder_hidden_states'] for d in (whole, less))
+    clips = 16                                                    # tokens of the two CLIPs, side by side; T5 follows
+    assert a.shape == b.shape == (1, clips + 256, 64) and torch.equal(a[:, :clips], b[:, :clips]) and a[:, clips:].any() and not b[:, clips:].any()
+    assert_close(a, words(pipeline('sd3 with t5'))(['red flag'])['encoder_hidden_states'])
+    hotfix = unlearn(less, [request_of(less)], cfg=replace(SD3, steps=1))
+    assert hotfix.delta
+
+
+def test_states_of_a_net_in_half_precision_are_kept_in_half(folder):
+    d = load(folder, device='cpu', dtype=torch.bfloat16)
+    path = generate(d, range(2), 3, prompt='flag')
+    assert {v.dtype for v in (path.x_t, path.goal, path.free)} == {torch.float16} and path.x0.dtype == torch.float32
+    x_t, t, goal, c = draw(path, 5, torch.Generator().manual_seed(0))
+    assert x_t.dtype == goal.dtype == torch.float32
+    whole = replace(path, x_t=path.x_t.float(), goal=path.goal.float(), free=path.free.float())
+    for a, b in zip(draw(path, 9, torch.Generator().manual_seed(1)), draw(whole, 9, torch.Generator().manual_seed(1))): assert torch.equal(a, b)
+    assert unlearn(d, [request_of(d)], cfg=replace(SD3, steps=2)).delta
+
+
+def test_what_is_drawn_comes_to_the_levels(sd3):
+    "States on one device, levels on another: here the other is meta."
+    path = generate(sd3, range(2), 3, prompt='flag')
+    there = replace(path, levels=path.levels.to('meta'), c=path.c.to('meta'))
+    assert {v.device.type for v in draw(there, 4, torch.Generator().manual_seed(0))} == {'meta'}
+
+
 # --- bad input ---
 
 @pytest.mark.parametrize('change, message', [(dict(prompt=None), 'this model makes pictures of words'), (dict(seed=-1), 'below 0')])

@@ -9,17 +9,19 @@ __all__ = ['flops', 'Loop', 'together', 'summed_step', 'bare_step', 'race', 'rat
 # %% ../nbs/17_bench.ipynb #da326f17
 import time
 import weakref
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from copy import copy
 from dataclasses import replace
 from math import gcd
 from statistics import median
+from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
-from diffusers import DDIMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDIMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, UNet2DModel
 from diffusers import __version__ as diffusers_version
 from torch import autograd
+from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
@@ -27,7 +29,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__, surgery, weights
 from .denoiser import Denoiser, generators
 from .retain import draw, generate
-from .unlearn import PRECISIONS, Config, Request, forget_states, form_of, gradient, own_states
+from .unlearn import PRECISIONS, Config, Lora, Request, forget_states, form_of, gradient, own_states, steer, x0_loss
 from .zoo import load
 
 # %% ../nbs/17_bench.ipynb #f92c1e70
@@ -296,3 +298,62 @@ def table(result):
         "against the batch:  " + row("batch", lambda r: f"{r['forget']} + {r['retain']} states"),
         "against requests:   " + row("requests", lambda r: r["requests"]),
         "against the net:    " + row("width", lambda r: f"{r['million_weights']:.2f} M weights")])
+
+# %% ../nbs/17_bench.ipynb #5d3a0002
+SD3 = dict(sample_size=128, patch_size=2, in_channels=16, out_channels=16, num_layers=24, attention_head_dim=64, num_attention_heads=24,   # the plan of Stable Diffusion 3 medium
+    joint_attention_dim=4096, caption_projection_dim=1536, pooled_projection_dim=2048, pos_embed_max_size=192)
+SD35 = SD3 | dict(dual_attention_layers=tuple(range(13)), qk_norm="rms_norm", pos_embed_max_size=384)                                     # 3.5 medium
+TOKENS = 77 + 256   # of a prompt: CLIP's, and T5's
+
+def on_meta(plan, dtype=torch.bfloat16):
+    "A denoiser with a Stable Diffusion 3 net of that plan and no numbers."
+    with torch.device("meta"): net = SD3Transformer2DModel(**plan)
+    def text(prompts): return {"encoder_hidden_states": torch.empty(len(prompts), TOKENS, plan["joint_attention_dim"], device="meta"), "pooled_projections": torch.empty(len(prompts), plan["pooled_projection_dim"], device="meta")}
+    return Denoiser(torch.nn.Module.to(net, dtype).eval(), FlowMatchEulerDiscreteScheduler(shift=3.), text=text, guidance=7.)
+
+# %% ../nbs/17_bench.ipynb #5d3a0003
+def cast(f, dtype):
+    "f, with its floating-point tensors as dtype."
+    def to(x): return x.to(dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+    return lambda *args, **kw: f(*map(to, args), **{k: to(v) for k, v in kw.items()})
+
+def attention(query, key, value, attn_mask=None, dropout_p=0., is_causal=False): return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+@contextmanager
+def as_on_cuda(dtype=None):
+    "On the meta device: attention as one operation, and with a dtype what autocast does."
+    of = {"scaled_dot_product_attention": cast(attention, dtype) if dtype else attention}
+    if dtype: of |= {"linear": cast(F.linear, dtype), "conv2d": cast(F.conv2d, dtype), "layer_norm": cast(F.layer_norm, torch.float32)}
+    with patch.multiple(F, **of): yield
+
+# %% ../nbs/17_bench.ipynb #5d3a0005
+def both(f):
+    "Operations, and peak of bytes, of f(). Two runs: the counter of operations keeps tensors alive."
+    return flops(f), peak_memory(f)
+
+def count(plan, cfg, side, together=16):
+    "What a step takes for a net of that plan, at side x side pixels, on the meta device: operations, and bytes beyond the weights. together: states that sampling has in the net at once."
+    d, dtype = on_meta(plan | {"sample_size": side // 8}), PRECISIONS[cfg.precision]
+    net, n, m = d.net, cfg.forget_batch, cfg.micro_batch
+    def batch(n): return torch.empty(n, *d.shape, device="meta"), torch.zeros(n, device="meta"), torch.empty(n, *d.shape, device="meta"), torch.zeros(n, dtype=torch.long, device="meta")
+    resting = nbytes([*net.parameters(), *net.buffers()])
+    def sample():
+        x, t, _, c = batch(together)
+        with torch.no_grad(): d(x, t, c)
+    with as_on_cuda(): sampling, sampling_peak = both(sample)
+    form = Lora(d, cfg.rank, cfg.seed)
+    with as_on_cuda(): steering, steering_peak = both(lambda: steer(d, *batch(n)))
+    passes = {}
+    for saving in (False, True):
+        if saving: net.enable_gradient_checkpointing()
+        with as_on_cuda(dtype): passes[saving] = both(lambda: autograd.grad(x0_loss(d, *batch(m)[:3], weights.get(cfg.weight), batch(m)[3]), form.weights))
+    size = sum(p.numel() for p in form.params)
+    return {"weights": resting, "lora": 4 * size, "adam": 8 * size, "gradients": 12 * size, "forward": sampling / together, "sampling_peak": sampling_peak, "steering_peak": steering_peak,
+        "learning": {k: ops / m for k, (ops, _) in passes.items()}, "peak": {k: held for k, (_, held) in passes.items()},
+        "step": {k: steering + (n + cfg.retain_batch) * ops / m for k, (ops, _) in passes.items()}}
+
+def counted(plan, cfg, side, together=16):
+    "`count` of a net whose blocks are alike, from nets of two and of three such blocks: each further one takes what the third took."
+    more = plan["num_layers"] - 2
+    def on(a, b): return {k: on(a[k], b[k]) for k in a} if isinstance(a, dict) else a + more * (b - a)
+    return on(*(count(plan | {"num_layers": n}, cfg, side, together) for n in (2, 3)))

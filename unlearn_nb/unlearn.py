@@ -30,7 +30,7 @@ from tqdm.auto import tqdm
 
 from . import __version__, surgery, weights
 from .hotfix import Hotfix, fingerprint, write
-from .retain import Basis, States, draw, generate, moments, nearest, noised, whitening
+from .retain import Basis, States, draw, generate, moments, nearest, noised, pick, whitening
 
 try: import resource   # not on Windows: there the peak of memory is not reported
 except ImportError: resource = None
@@ -77,15 +77,13 @@ class Config:
 
     @classmethod
     def sd3(cls, **kw):
-        "For Stable Diffusion 3: a LoRA, one state at a time, in bfloat16; the levels and the weight are those of a flow. Untuned."
-        return cls(**dict(forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., rank=16, t_max=1000, levels="logit_normal", retain_images=16, near_images=0,
-            sampling_steps=14, precision="bf16", gradient_checkpointing=True) | kw)
+        "For Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16: a LoRA, one state at a time, 50 pictures of the request's words and 50 of others. Never run at that size, so untuned."
+        return cls(**dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=28, precision="bf16", gradient_checkpointing=True) | kw)
 
     @classmethod
     def of(cls, denoiser, **kw):
-        "The preset for a model of that size: as it is up to 20 M weights, above that `sd3` for a flow, `t4` for others."
-        large = cls.sd3 if denoiser.prediction == "flow" else cls.t4
-        return (large if sum(w.numel() for w in denoiser.net.parameters()) > 20e6 else cls)(**kw)
+        "The preset for a model of that size: as it is up to 20 M weights, above that `t4`, or `sd3` for a flow."
+        return (cls if sum(w.numel() for w in denoiser.net.parameters()) <= 20e6 else cls.sd3 if denoiser.prediction == "flow" else cls.t4)(**kw)
 
 # %% ../nbs/09_unlearn.ipynb #c09a7a03
 def x0_error(denoiser, out, x_t, t, goal, w):
@@ -124,9 +122,11 @@ def forget_states(denoiser, x_f, x_s, own, cfg, g, c=None):
     u = far * (moved < cfg.way_share)   # how far each is moved
     noisy = noised_states(denoiser, x_f, x_s, cfg.forget_batch - n, cfg.t_max, g, u[n:], c, cfg.levels)
     if not n: return noisy
-    i, s = (torch.randint(size, (n,), generator=g).to(x_f.device) for size in own.x_t.shape[:2])
-    moved = own.x_t[i, s] + denoiser.scales(own.levels[s])[0] * u[:n] * (own.goal[i, s] - own.x0[i])
-    return tuple(map(torch.cat, zip((moved, own.levels[s], own.goal[i, s], own.c[i] if c is not None else None), noisy)))   # without words three of each
+    i, s = (torch.randint(size, (n,), generator=g) for size in own.x_t.shape[:2])
+    x_t, goal = (pick(v, i, s, x_f.device) for v in (own.x_t, own.goal))
+    i, t = i.to(x_f.device), own.levels[s.to(x_f.device)]
+    moved = x_t + denoiser.scales(t)[0] * u[:n] * (goal - own.x0[i])
+    return tuple(map(torch.cat, zip((moved, t, goal, own.c[i] if c is not None else None), noisy)))   # without words three of each
 
 # %% ../nbs/09_unlearn.ipynb #d3cb6467
 @torch.no_grad()
@@ -317,7 +317,7 @@ def paths(denoiser, seeds, steps, cache=None, prompts=None):
     if cache is None: return generate(denoiser, seeds, steps, prompt=prompts)
     key = hashlib.sha256(f"{fingerprint(denoiser)} {list(seeds)} {steps} {prompts} {denoiser.guidance}".encode()).hexdigest()[:16]
     file = Path(cache) / f"states-{key}.safetensors"
-    try: return States(**{k: v.to(denoiser.device) for k, v in load(file.read_bytes()).items()})
+    try: return States(**{k: v if k in ("x_t", "goal", "free") else v.to(denoiser.device) for k, v in load(file.read_bytes()).items()})
     except (OSError, SafetensorError, TypeError): states = generate(denoiser, seeds, steps, prompt=prompts)
     file.parent.mkdir(parents=True, exist_ok=True)
     write(file, save({k: v.cpu().contiguous() for k, v in vars(states).items() if v is not None}))
