@@ -402,7 +402,7 @@ def test_given_retain_is_what_is_used():
 def test_retain_states_are_kept_in_a_folder(tmp_path, monkeypatch):
     model, _, retain = setting()
     calls = []
-    monkeypatch.setattr("unlearn_nb.unlearn.generate", lambda *args: calls.append(1) or generate(*args))
+    monkeypatch.setattr("unlearn_nb.unlearn.generate", lambda *args, **kw: calls.append(1) or generate(*args, **kw))
     def kept(d=model, cfg=TINY):
         calls.clear()
         (_, states), = default_retain(d, [request_of(model)], cfg, tmp_path/"cache")
@@ -622,7 +622,7 @@ def test_the_preset_fits_the_size_of_the_model():
     (dict(whiten=float("nan")), "whiten is nan")])
 def test_bad_settings_are_one_sentence(change, says, monkeypatch):
     "And before anything is computed."
-    monkeypatch.setattr("unlearn_nb.unlearn.generate", lambda *_: pytest.fail("the model ran"))
+    monkeypatch.setattr("unlearn_nb.unlearn.generate", lambda *_, **kw: pytest.fail("the model ran"))
     refused(lambda: run(replace(TINY, **change)), says)
 
 
@@ -717,7 +717,7 @@ def test_gone_on_bit_for_bit(tmp_path, form, rule):
     assert step_of(file) == 12 and state_of(model) == before
 
 
-OTHER = dict(steps=4, forget_batch=5, retain_batch=5, micro_batch=5, lr=2e-3, weight="unit_eps", retain_weight="unit_x0", surgery="plain", whiten=.5, rank=1, t_max=300, own_share=.75, way_share=.25,
+OTHER = dict(steps=4, forget_batch=5, retain_batch=5, micro_batch=5, lr=2e-3, weight="unit_eps", retain_weight="unit_x0", surgery="plain", whiten=.5, rank=1, t_max=300, levels="uniform", own_share=.75, way_share=.25,
     retain_images=4, near_images=1, pool=5, sampling_steps=5, clip=2., precision="bf16", gradient_checkpointing=True, seed=1)
 
 
