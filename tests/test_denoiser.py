@@ -194,7 +194,7 @@ def test_path_visits_and_ends():
 @pytest.mark.parametrize('t, steps, visited', [(6, 50, [6, 5, 4, 3, 2, 1, 0]), (6, 7, [6, 5, 4, 3, 2, 1, 0]), (0, 1, [0]), (250, 251, list(range(250, -1, -1))), (99, 2, [99, 49])])
 def test_reconstruct_visits_t_to_0_inclusive(t, steps, visited, monkeypatch):
     d, seen = tiny(), []
-    monkeypatch.setattr(Denoiser, '__call__', lambda self, x, level: seen.append(level.tolist()) or torch.zeros_like(x))
+    monkeypatch.setattr(Denoiser, '__call__', lambda self, x, level, c=None: seen.append(level.tolist()) or torch.zeros_like(x))
     d.reconstruct(normal(1, 3, 8, 8), t, [0, 1], steps=steps)
     assert seen == [[v, v] for v in visited]
 
@@ -202,7 +202,7 @@ def test_reconstruct_visits_t_to_0_inclusive(t, steps, visited, monkeypatch):
 @every_prediction
 def test_a_perfect_net_reconstructs_perfectly(prediction, monkeypatch):
     d, x0 = tiny(prediction, clip_sample=False), normal(1, 3, 8, 8)
-    monkeypatch.setattr(Denoiser, '__call__', lambda self, x, level: self.target(x, x0.expand_as(x), level))
+    monkeypatch.setattr(Denoiser, '__call__', lambda self, x, level, c=None: self.target(x, x0.expand_as(x), level))
     for eta in (0., 1.): assert_close(d.reconstruct(x0, 400, [0, 7], steps=20, eta=eta), x0.expand(2, -1, -1, -1), atol=1e-4, rtol=1e-4)
 
 
@@ -381,7 +381,7 @@ def test_times_of_a_flow_are_the_schedulers(steps, shift):
 def test_times_of_a_flow_go_down(start, steps, shift):
     t = flow(shift).times(start, steps)
     assert abs(t[0] - start) < 1e-4 and 1 <= len(t) <= steps and (t.diff() < 0).all() and t[-1] > -1
-    if start > 20: assert len(t) == steps
+    if start > 50: assert len(t) == steps      # the last level lies below, for every shift
 
 
 @pytest.mark.parametrize('shift', SHIFTS)

@@ -444,11 +444,14 @@ class Best(nn.Module):
         self.mean, self.abar, self.config = mean.double(), abar.double(), SimpleNamespace(in_channels=1, out_channels=1, sample_size=side)
         self.values, self.vectors = torch.linalg.eigh(cov.double())
 
-    def forward(self, x_t, t):
-        abar = self.abar[t].unsqueeze(1)
+    def forward(self, x_t, timestep):
+        abar = self.abar[timestep].unsqueeze(1)
         gain = abar.sqrt()*self.values/(abar*self.values + 1 - abar)
         x = (((x_t.flatten(1).double() - abar.sqrt()*self.mean) @ self.vectors)*gain) @ self.vectors.T + self.mean
         return SimpleNamespace(sample=x.view_as(x_t).to(x_t.dtype))
+
+
+Best.__name__ = 'UNet2DModel'   # a denoiser goes by the name of the class
 
 
 def gaussian(mean, cov, side=8, **kw):

@@ -68,6 +68,7 @@ def descriptor(denoiser):
         click.echo(f"note: similarities are those of the built-in face descriptor, which may not see what must go ({e})", err=True)
         return describe
 
+# %% ../nbs/16_cli.ipynb #6cfc8bef
 def forget_one(model, seed, image, surrogate, steps, out, rank=None, folders=(), checkpoint=None, cache=None, prompt=None, keep=()):
     "One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing."
     from unlearn_nb import report, surrogates
@@ -75,6 +76,7 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=None, folders=(),
     from unlearn_nb.unlearn import Config, Request, default_retain, unlearn
     with new_folder(out) as folder:
         denoiser, earlier, unknown = with_hotfixes(model, folders, Config().sampling_steps)
+        denoiser.rows(prompt, 1)   # refuses a prompt that is missing, or of no use
         cfg, describe = Config.of(denoiser, **{k: v for k, v in (("rank", rank), ("steps", steps)) if v is not None}), descriptor(denoiser)
         if unknown: click.echo(f"note: {unknown} of the earlier requests came as a picture, which its hotfix does not hold: nothing here sees to it that it stays forgotten", err=True)
         click.echo(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")

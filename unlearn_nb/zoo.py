@@ -13,6 +13,7 @@ import re
 import shutil
 import tempfile
 import warnings
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
@@ -194,6 +195,17 @@ def parts_of(index, without=()):
     left_out = {*LEFT_OUT, *without, *(p.replace("text_encoder", "tokenizer") for p in without)}
     return {k: v for k, v in index.items() if isinstance(v, list) and len(v) == 2 and all(v) and k not in left_out}
 
+@contextmanager
+def quiet():
+    "In this context neither diffusers nor transformers draws a progress bar."
+    from transformers.utils import logging
+    on = [m for m in (diffusers.utils.logging, logging) if m.is_progress_bar_enabled()]
+    for m in on: m.disable_progress_bar()
+    try: yield
+    finally:
+        for m in on: m.enable_progress_bar()
+
+@quiet()
 def read_pipeline(folder, index, device, dtype, without):
     "Net, scheduler, VAE, words and guidance of a folder of one of `PIPELINES`, on `device`. A VAE that says it overflows in float16 (force_upcast; that of SDXL does) stays in float32."
     name, parts, read = index["_class_name"], parts_of(index, without), {}
