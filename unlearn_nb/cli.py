@@ -77,12 +77,13 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=None, folders=(),
     with new_folder(out) as folder:
         denoiser, earlier, unknown = with_hotfixes(model, folders, Config().sampling_steps)
         denoiser.rows(prompt, 1)   # refuses a prompt that is missing, or of no use
-        cfg, describe = Config.of(denoiser, **{k: v for k, v in (("rank", rank), ("steps", steps)) if v is not None}), descriptor(denoiser)
+        cfg = Config.of(denoiser, **{k: v for k, v in (("rank", rank), ("steps", steps)) if v is not None})
         if unknown: click.echo(f"note: {unknown} of the earlier requests came as a picture, which its hotfix does not hold: nothing here sees to it that it stays forgotten", err=True)
         click.echo(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
         x_f = read_image(image) if image else denoiser.decode(denoiser.sample([seed], cfg.sampling_steps, prompt=prompt))[0]
         denoiser.encode([x_f])   # refuses a picture of another size
         x_s = read_image(surrogate) if surrogate else surrogates.propose(denoiser, x_f, steps=cfg.sampling_steps)
+        describe = descriptor(denoiser)
         for warning in surrogates.check(x_f, x_s, describe=describe).warnings: click.echo(f"note: the surrogate: {warning}", err=True)
         request, prompts = Request(x_f, x_s, seed, prompt), keep or ("",)
         click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
