@@ -48,7 +48,7 @@ class Believer(Denoiser):
         super().__init__(tiny_net(size=size), DDPMScheduler(**config))
         self.belief, self.seen = belief, []
 
-    def predict(self, x_t, t):
+    def predict(self, x_t, t, c=None):
         self.seen.append((int(t), x_t))
         return self.belief(x_t, self.abar[int(t)])
 
