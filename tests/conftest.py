@@ -46,3 +46,13 @@ def copy(tmp_path):
         (tmp_path/'copy'/path).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT/path, tmp_path/'copy'/path)
     return tmp_path/'copy'
+
+
+@pytest.fixture
+def one_thread():
+    "Sums in one order only: what is compared bit for bit is computed on one thread, here and in subprocesses."
+    import torch
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

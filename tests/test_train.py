@@ -24,13 +24,7 @@ from unlearn_nb.zoo import load
 TINY = dict(batch=4, channels=(16, 32), save_every=0.)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums in one order only: what is compared bit for bit is computed on one thread, here and in subprocesses."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 @lru_cache

@@ -25,13 +25,7 @@ TINY = dict(batch=4, layers=2, heads=1, words=16, save_every=0.)
 SMALL = TrainConfig(steps=2, batch=4, channels=(8, 8), save_every=0.)
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    "Sums in one order only: what is compared bit for bit is computed on one thread, here and in subprocesses."
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures('one_thread')
 
 
 def data(n=24):

@@ -14,7 +14,7 @@ from unlearn_nb.hotfix import Hotfix, fingerprint
 from unlearn_nb.metrics import bits_per_dim, denoising_error, psnr, reconstruction_curve, similarity
 from unlearn_nb.report import evaluate, figure, table
 from unlearn_nb.retain import States, draw, generate, moments, nearest, noised, whitening
-from unlearn_nb.unlearn import LEVELS, Config, Request, default_retain, forget_states, own_states, steer, unlearn
+from unlearn_nb.unlearn import SPREADS, Config, Request, default_retain, forget_states, own_states, steer, unlearn
 from unlearn_nb.zoo import PIPELINES, load, words
 
 KINDS = [('sd3',), ('sd', 'epsilon'), ('sd', 'v_prediction'), ('sdxl', 'epsilon')]
@@ -106,7 +106,7 @@ def test_a_steered_answer_guides_to_the_goal(g, seed):
     assert_close(d.clean(x_t, d.guide(d.target(x_t, aim, t), d.target(x_t, free, t)), t), goal, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('levels', LEVELS)
+@pytest.mark.parametrize('levels', SPREADS)
 def test_forget_states_carry_the_words_of_their_request(sd3, levels):
     requests = [request_of(sd3), request_of(sd3, 20, 'flag')]
     x_f, x_s = (sd3.encode([getattr(r, k) for r in requests]) for k in ('image', 'surrogate'))

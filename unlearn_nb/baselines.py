@@ -31,8 +31,6 @@ from .unlearn import Config, Request, default_retain, edit_weigh_project, unlear
 from .weights import unit_eps
 
 # %% ../nbs/12_baselines.ipynb #ba5e0008
-def size(task): return task.cfg.forget_batch + task.cfg.retain_batch   # states through the net in a step, for every method
-
 def pictures(retain):
     "The pictures of what must stay, [N, C, H, W]."
     return retain.x0 if isinstance(retain, States) else torch.cat([part.x0 for _, part in retain])
@@ -56,7 +54,7 @@ def retained(task, n, distil):
 # %% ../nbs/12_baselines.ipynb #ba5e000a
 def naive(task, distil=False):
     "Kept pictures only."
-    kept = retained(task, size(task), distil)
+    kept = retained(task, task.size, distil)
     def direction(step, g):
         loss, g_r = kept(g)
         return g_r, {"retain": loss}
@@ -65,24 +63,24 @@ def naive(task, distil=False):
 def neggrad(task):
     "Up the loss of the forget image; no bound below."
     def direction(step, g):
-        loss, g_f = task.gradient(ordinary(task.denoiser, task.x_f, size(task), g), unit_eps)
+        loss, g_f = task.gradient(ordinary(task.denoiser, task.x_f, task.size, g), unit_eps)
         return torch._foreach_neg(g_f), {"forget": -loss}
     return direction
 
 def neggrad_retain(task, c=.1, distil=False):
     "Up the loss of the forget image by a share c, down that of what must stay."
-    kept = retained(task, size(task) // 2, distil)
+    kept = retained(task, task.size // 2, distil)
     def direction(step, g):
-        loss_f, g_f = task.gradient(ordinary(task.denoiser, task.x_f, size(task) // 2, g), unit_eps)
+        loss_f, g_f = task.gradient(ordinary(task.denoiser, task.x_f, task.size // 2, g), unit_eps)
         loss_r, g_r = kept(g)
         return combine(-c, g_f, 1, g_r), {"forget": -loss_f, "retain": loss_r}
     return direction
 
 def finetune(task, c=1., distil=False):
     "Ordinary training on the surrogate, with weight c, and on what must stay."
-    kept = retained(task, size(task) // 2, distil)
+    kept = retained(task, task.size // 2, distil)
     def direction(step, g):
-        loss_s, g_s = task.gradient(ordinary(task.denoiser, task.x_s, size(task) // 2, g), unit_eps)
+        loss_s, g_s = task.gradient(ordinary(task.denoiser, task.x_s, task.size // 2, g), unit_eps)
         loss_r, g_r = kept(g)
         return combine(c, g_s, 1, g_r), {"surrogate": loss_s, "retain": loss_r}
     return direction
@@ -97,9 +95,9 @@ def noise_states(denoiser, x_f, n, g):
 # %% ../nbs/12_baselines.ipynb #ba5f0003
 def erasediff(task, eta=1e-3, distil=False):
     "EraseDiff (arXiv 2401.05779), to first order."
-    kept = retained(task, size(task) // 2, distil)
+    kept = retained(task, task.size // 2, distil)
     def direction(step, g):
-        loss_u, g_u = task.gradient(noise_states(task.denoiser, task.x_f, size(task) // 2, g), unit_eps)
+        loss_u, g_u = task.gradient(noise_states(task.denoiser, task.x_f, task.size // 2, g), unit_eps)
         loss_r, g_r = kept(g)
         uu, ur, _ = products(g_u, g_r)
         return combine(max(eta - ur / uu, 0.), g_u, 1, g_r), {"forget": loss_u, "retain": loss_r}
@@ -109,7 +107,7 @@ def erasediff(task, eta=1e-3, distil=False):
 def salient(task, share, batches=4):
     "For each tensor, where |gradient| of the forget image's loss is among the largest `share` of all weights: 1, elsewhere 0."
     g = torch.Generator().manual_seed(task.cfg.seed)
-    total = [sum(parts).abs() for parts in zip(*(task.gradient(ordinary(task.denoiser, task.x_f, size(task), g), unit_eps)[1] for _ in range(batches)))]
+    total = [sum(parts).abs() for parts in zip(*(task.gradient(ordinary(task.denoiser, task.x_f, task.size, g), unit_eps)[1] for _ in range(batches)))]
     every = torch.cat([v.flatten() for v in total])
     least = every.kthvalue(len(every) - round(share * len(every)) + 1).values
     return [(v >= least).to(v) for v in total]
@@ -117,9 +115,9 @@ def salient(task, share, batches=4):
 # %% ../nbs/12_baselines.ipynb #ba5f0005
 def salun(task, share=.5, alpha=1., distil=False):
     "SalUn (arXiv 2310.12508): towards noise, plus alpha times what must stay, for the salient share of the weights."
-    mask, kept = salient(task, share), retained(task, size(task) // 2, distil)
+    mask, kept = salient(task, share), retained(task, task.size // 2, distil)
     def direction(step, g):
-        loss_u, g_u = task.gradient(noise_states(task.denoiser, task.x_f, size(task) // 2, g), unit_eps)
+        loss_u, g_u = task.gradient(noise_states(task.denoiser, task.x_f, task.size // 2, g), unit_eps)
         loss_r, g_r = kept(g)
         return torch._foreach_mul(combine(1, g_u, alpha, g_r), mask), {"forget": loss_u, "retain": loss_r}
     return direction
@@ -135,9 +133,9 @@ def fisher(task, n=32):
 # %% ../nbs/12_baselines.ipynb #ba5f0007
 def selective_amnesia(task, lam=10., distil=False):
     "Selective Amnesia (arXiv 2305.10120): towards a picture of noise, replay, and a spring lam F_i (theta_i - theta0_i)^2 on each weight."
-    F, kept = fisher(task), retained(task, size(task) // 2, distil)
+    F, kept = fisher(task), retained(task, task.size // 2, distil)
     def direction(step, g):
-        x_t, t, goal = ordinary(task.denoiser, task.x_f, size(task) // 2, g)
+        x_t, t, goal = ordinary(task.denoiser, task.x_f, task.size // 2, g)
         loss_u, g_u = task.gradient((x_t, t, torch.rand(goal.shape, generator=g).to(goal) * 2 - 1), unit_eps)
         loss_r, g_r = kept(g)
         return combine(1, combine(1, g_u, 1, g_r), 2 * lam, torch._foreach_mul(F, task.form.params)), {"forget": loss_u, "retain": loss_r}
@@ -158,12 +156,12 @@ def norm(g): return sqrt(products(g, g)[0])
 
 def length(task, c):
     "c times the norm of the base model's gradient on kept pictures: how long a climb is."
-    return c * norm(retained(task, size(task), distil=False)(torch.Generator().manual_seed(task.cfg.seed))[1])
+    return c * norm(retained(task, task.size, distil=False)(torch.Generator().manual_seed(task.cfg.seed))[1])
 
 # %% ../nbs/12_baselines.ipynb #ba5f0009
 def siss(task, lam=.5, c=.1, t_min=0):
     "SISS (arXiv 2503.01034); c: see `length`. t_min = T - 1: as its script for faces has it."
-    x, n, up = pictures(task.retain), size(task) * 3 // 5, length(task, c)    # once forward and twice back: five units of work for a state, where others spend six on two
+    x, n, up = pictures(task.retain), task.size * 3 // 5, length(task, c)    # once forward and twice back: five units of work for a state, where others spend six on two
     def direction(step, g):
         d, k, f = task.denoiser, torch.randint(len(x), (n,), generator=g), torch.randint(len(task.x_f), (n,), generator=g)
         from_f = (torch.rand(n, 1, 1, 1, generator=g) < lam).to(x.device)
@@ -177,9 +175,9 @@ def siss(task, lam=.5, c=.1, t_min=0):
 
 def siss_no_is(task, c=.1, distil=False):
     "SISS without importance sampling: two batches."
-    kept, up = retained(task, size(task) // 2, distil), length(task, c)
+    kept, up = retained(task, task.size // 2, distil), length(task, c)
     def direction(step, g):
-        loss_f, g_f = task.gradient(ordinary(task.denoiser, task.x_f, size(task) // 2, g), unit_eps)
+        loss_f, g_f = task.gradient(ordinary(task.denoiser, task.x_f, task.size // 2, g), unit_eps)
         loss_r, g_r = kept(g)
         return climb(g_r, g_f, up), {"forget": -loss_f, "retain": loss_r}
     return direction
@@ -198,9 +196,9 @@ def cut_loss(alpha):
 # %% ../nbs/12_baselines.ipynb #ba5f000b
 def rgd(task, alpha=.1, lam=5., distil=False):
     "Restricted gradient (arXiv 2412.07808)."
-    kept, loss = retained(task, size(task) // 2, distil), cut_loss(alpha)
+    kept, loss = retained(task, task.size // 2, distil), cut_loss(alpha)
     def direction(step, g):
-        loss_f, g_f = task.gradient(ordinary(task.denoiser, task.x_f, size(task) // 2, g), unit_eps, loss)
+        loss_f, g_f = task.gradient(ordinary(task.denoiser, task.x_f, task.size // 2, g), unit_eps, loss)
         loss_r, g_r = kept(g)
         return restrict(g_f, g_r, lam), {"forget": loss_f, "retain": loss_r}
     return direction
@@ -213,9 +211,9 @@ def concept_cut(g_f, g_r, lam=1.):
 # %% ../nbs/12_baselines.ipynb #ba5f000d
 def doco(task, lam=1., distil=False):
     "DoCo's surgery (arXiv 2405.15304) on the surrogate's loss."
-    kept = retained(task, size(task) // 2, distil)
+    kept = retained(task, task.size // 2, distil)
     def direction(step, g):
-        x_t, t, _ = ordinary(task.denoiser, task.x_f, size(task) // 2, g)
+        x_t, t, _ = ordinary(task.denoiser, task.x_f, task.size // 2, g)
         loss_f, g_f = task.gradient((x_t, t, task.x_s[torch.zeros_like(t)]), unit_eps)
         loss_r, g_r = kept(g)
         return concept_cut(g_f, g_r, lam), {"forget": loss_f, "retain": loss_r}
@@ -232,9 +230,9 @@ def towards(denoiser, x_t, t, y):
 def retrack(task, K=10, lam=.005, distil=False):
     "ReTrack (arXiv 2509.13007): lam towards the K nearest kept pictures, 1 - lam for what must stay."
     x = pictures(task.retain)
-    y, kept = x[nearest(x, task.x_f[:1], K)], retained(task, size(task) // 2, distil)
+    y, kept = x[nearest(x, task.x_f[:1], K)], retained(task, task.size // 2, distil)
     def direction(step, g):
-        x_t, t, _ = ordinary(task.denoiser, task.x_f, size(task) // 2, g)
+        x_t, t, _ = ordinary(task.denoiser, task.x_f, task.size // 2, g)
         loss_f, g_f = task.gradient((x_t, t, towards(task.denoiser, x_t, t, y)), unit_eps)
         loss_r, g_r = kept(g)
         return combine(lam, g_f, 1 - lam, g_r), {"forget": loss_f, "retain": loss_r}

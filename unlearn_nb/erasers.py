@@ -37,8 +37,6 @@ def only(gradients, moving): return [g if m else torch.zeros_like(g) for g, m in
 # %% ../nbs/19_erasers.ipynb #e1a5000b
 AS_TRAINED = {"epsilon": unit_eps, "v_prediction": unit_v, "sample": unit_x0, "flow": flow}   # weight 1 on the error of the output
 
-def size(task): return task.cfg.forget_batch + task.cfg.retain_batch   # states through the net in a step, as in room `baselines`
-
 def asked(task):
     "The prompts of the requests. ValueError for a model without words."
     if task.c is None: raise ValueError("this method erases a prompt, but this model makes pictures without words; take a method that goes by the picture")
@@ -58,7 +56,7 @@ def esd(task, part="words", eta=1.):
     states = erased_states(task.denoiser, asked(task), task.cfg.retain_images, task.cfg.sampling_steps, eta)
     moving, w = chosen(task, part), AS_TRAINED[task.denoiser.prediction]
     def direction(step, g):
-        loss, g_f = task.gradient(draw(states, size(task), g), w)
+        loss, g_f = task.gradient(draw(states, task.size, g), w)
         return only(g_f, moving), {"forget": loss}
     return direction
 
@@ -67,7 +65,7 @@ def concept_ablation(task, anchor=None, part="all", keep=1.):
     "Concept Ablation, model-based (arXiv 2303.13516): the answer to the prompt becomes that to the anchor prompt, at noised pictures of the anchor; plus keep times ordinary training on those."
     asked(task)
     if not isinstance(anchor, str): raise ValueError(f"Concept Ablation needs an anchor, the prompt whose pictures shall come instead, not {anchor!r}; give partial(concept_ablation, anchor=\"...\")")
-    d, n, moving, w = task.denoiser, size(task) // 2, chosen(task, part), AS_TRAINED[task.denoiser.prediction]
+    d, n, moving, w = task.denoiser, task.size // 2, chosen(task, part), AS_TRAINED[task.denoiser.prediction]
     x, row = d.sample(range(500_000, 500_000 + task.cfg.retain_images), task.cfg.sampling_steps, prompt=anchor), d.row(anchor)
     def noised(g):
         x0 = x[torch.randint(len(x), (n,), generator=g)]

@@ -96,15 +96,15 @@ def x0_loss(denoiser, x_t, t, goal, w, c=None):
     return x0_error(denoiser, denoiser(x_t, t, c), x_t, t, goal, w).mean()
 
 # %% ../nbs/09_unlearn.ipynb #2c9636eb
-LEVELS = {"low": lambda u: u ** 1.5, "uniform": lambda u: u, "logit_normal": lambda u: torch.special.ndtri(u).sigmoid()}   # u in [0, 1), spread evenly -> level / t_max
+SPREADS = {"low": lambda u: u ** 1.5, "uniform": lambda u: u, "logit_normal": lambda u: torch.special.ndtri(u).sigmoid()}   # u in [0, 1), spread evenly -> level / t_max
 
 def prompts_of(denoiser, requests): return [r.prompt for r in requests] if denoiser.prompts else None
 
 # %% ../nbs/09_unlearn.ipynb #cc12a10c
 def noised_states(denoiser, x_f, x_s, n, t_max, g, u=0., c=None, levels="low"):
-    "n states (x_t, t, goal), with words (x_t, t, goal, c): forget images x_f [R, C, H, W], or what lies u of the way from there to the surrogates x_s, noised to levels below t_max as a name of `LEVELS` spreads them; goals are the surrogates. c [R]: rows of words."
+    "n states (x_t, t, goal), with words (x_t, t, goal, c): forget images x_f [R, C, H, W], or what lies u of the way from there to the surrogates x_s, noised to levels below t_max as a name of `SPREADS` spreads them; goals are the surrogates. c [R]: rows of words."
     k = torch.randint(len(x_f), (n,), generator=g)
-    t = (LEVELS[levels]((torch.arange(n) + torch.rand(n, generator=g)) / n) * t_max).long().clamp(max=t_max - 1).to(x_f.device)
+    t = (SPREADS[levels]((torch.arange(n) + torch.rand(n, generator=g)) / n) * t_max).long().clamp(max=t_max - 1).to(x_f.device)
     x_t = denoiser.noise(x_f[k] + u * (x_s[k] - x_f[k]), torch.randn((n, *denoiser.shape), generator=g).to(x_f.device), t)
     return x_t, t, x_s[k], *([] if c is None else [c[k]])
 
@@ -241,7 +241,7 @@ def check(denoiser, requests, cfg, checkpoint=None):
     if cfg.t_max > denoiser.T: raise ValueError(f"t_max is {cfg.t_max}, but this model has {denoiser.T} levels; give {denoiser.T} or less")
     for name in ("rank", "whiten", "near_images"):
         if not getattr(cfg, name) >= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be 0 or more")
-    if cfg.levels not in LEVELS: raise ValueError(f"levels {cfg.levels!r} is not known; expected one of {', '.join(LEVELS)}")
+    if cfg.levels not in SPREADS: raise ValueError(f"levels {cfg.levels!r} is not known; expected one of {', '.join(SPREADS)}")
     if cfg.precision not in PRECISIONS: raise ValueError(f"precision {cfg.precision!r} is not known; expected one of {', '.join(PRECISIONS)}")
     if checkpoint and not Path(checkpoint).resolve().parent.is_dir(): raise ValueError(f"the checkpoint {str(checkpoint)!r} would lie in a folder that does not exist; make the folder first")
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
@@ -297,6 +297,9 @@ class Task:
     cfg: Config
     state: PartialState
     c: torch.Tensor | None = None
+
+    @property
+    def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states through the net in a step, for every method
 
     def gradient(self, batch, w, loss=x0_loss): return gradient(self.denoiser, batch, w, self.form, self.cfg, self.state, loss)
 
