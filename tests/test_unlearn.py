@@ -78,14 +78,6 @@ def straight(cfg=TINY):
     return straight_with(cfg, torch.get_num_threads())
 
 
-@pytest.fixture
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 def gen(seed=0): return torch.Generator().manual_seed(seed)
 def same(a, b): return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 def norm(tensors): return sum(v.double().square().sum() for v in tensors)**.5
