@@ -32,7 +32,7 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['unlearn_nb*']),
-    package_data={'unlearn_nb': ['assets/*.safetensors', 'assets/*.json']},
+    package_data={'unlearn_nb': [f'assets/{folder}*.{kind}' for folder in ('', '*/', '*/*/') for kind in ('safetensors', 'json')]},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={

@@ -20,7 +20,8 @@ from torch.testing import assert_close
 from conftest import ROOT
 from test_denoiser import tiny_net
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.hotfix import Hotfix, change, changed, fingerprint, write
+from unlearn_nb import hotfix as room
+from unlearn_nb.hotfix import PARTS, Hotfix, change, changed, fingerprint, write
 
 DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 
@@ -250,6 +251,26 @@ def test_a_low_rank_change_is_what_peft_computes(seed, rank):
         assert (expected - before).norm() > .1*before.norm()
     adapter.merge_and_unload()   # and weight by weight, as peft itself adds it
     for k, v in net.state_dict().items(): assert_close(plain.state_dict()[k], v, atol=1e-5, rtol=1e-5)
+
+
+SHAPES = {'wide.weight': (3, 17), 'tall.weight': (11, 2), 'conv.weight': (5, 4, 3, 2)}
+
+
+@given(seed=st.integers(0, 10**6), rank=st.integers(1, 12), part=st.sampled_from(['', *PARTS.values()]))
+def test_cut_to_a_rank_it_is_the_nearest(seed, rank, part):
+    "What is lost is what the smaller singular values hold (Eckart and Young); a weight whose own rank is no larger loses nothing; all factors have the one rank."
+    g = torch.Generator().manual_seed(seed)
+    whole = {k: torch.randn(shape, generator=g) for k, shape in SHAPES.items()}
+    thin = room.low_rank(whole, rank, part)
+    assert changed(thin) == sorted(whole) and {v.dtype for v in thin.values()} == {torch.float16} and all(k.startswith(part) for k in thin)
+    for k, v in whole.items():
+        A, B = (thin[f"{part}{k.replace('weight', f'lora_{x}.weight')}"] for x in 'AB')
+        assert A.shape == (rank, *v.shape[1:]) and B.shape == (len(v), rank, *[1]*(v.dim() - 2))
+        lost, tail = (change(thin, k) - v).norm().item(), torch.linalg.svdvals(v.flatten(1))[rank:].norm().item()
+        assert tail - .01 <= lost <= tail + .01*v.norm().item()
+
+
+def test_a_change_of_nothing_can_be_cut(): assert not change(room.low_rank({'a.weight': torch.zeros(4, 3)}, 2), 'a.weight').any()
 
 
 def test_a_low_rank_change_survives_the_disk(tmp_path):

@@ -35,7 +35,7 @@ from unlearn_nb.weights import WEIGHTS, min_snr
 from unlearn_nb.zoo import load
 
 TINY = Config(weight="min_snr", lr=1.2e-3, steps=3, forget_batch=4, retain_batch=4, retain_images=3, near_images=0, sampling_steps=4)
-FORMS = {"whitened": {}, "full": dict(whiten=0.), "lora": dict(rank=2)}
+FORMS = {"whitened": {}, "full": dict(whiten=0.), "lora": dict(rank=2, whiten=0.), "whitened, as a lora": dict(rank=2)}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 predictions = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 
@@ -445,7 +445,7 @@ def test_a_lora_hotfix_gives_what_its_adapter_gave(monkeypatch, rank):
     model, x_t, t = setting()[0], torch.randn(4, 3, 8, 8, generator=gen()), torch.tensor([5, 200, 600, 990])
     with torch.no_grad(): base = model(x_t, t)
     seen = caught(monkeypatch, Lora, lambda m: m(x_t, t))
-    fix = run(replace(TINY, steps=8, lr=1e-2, rank=rank))
+    fix = run(replace(TINY, steps=8, lr=1e-2, rank=rank, whiten=0.))
     layers = [f"{k}.weight" for k, m in model.net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
     assert changed(fix.delta) == sorted(layers) and all(v.dtype == torch.float16 for v in fix.delta.values())
     with on(model, fix), torch.no_grad(): now = model(x_t, t)
@@ -533,7 +533,7 @@ def test_a_micro_batch_changes_nothing(form, rule):
 
 
 SHARED = {name: replace(TINY, **kw) for name, kw in {
-    "whitened plain": dict(surgery="plain"), "lora plain": dict(rank=2, surgery="plain", micro_batch=1), "full symmetric": dict(whiten=0.),
+    "whitened plain": dict(surgery="plain"), "lora plain": dict(rank=2, whiten=0., surgery="plain", micro_batch=1), "full symmetric": dict(whiten=0.),
     "whitened symmetric": dict(forget_batch=5, retain_batch=7), "full plain": dict(whiten=0., surgery="plain", forget_batch=5, retain_batch=3)}.items()}
 
 
@@ -600,7 +600,7 @@ def test_a_retain_gradient_of_zero_has_no_ratio():
 def test_the_preset_fits_the_size_of_the_model():
     def sized(n, prediction="epsilon"): return SimpleNamespace(prediction=prediction, net=SimpleNamespace(parameters=lambda: [torch.empty(n, device="meta")]))
     assert Config.of(sized(2_165_891), steps=7) == Config(steps=7) and Config.of(sized(113_673_219), rank=2) == Config.t4(rank=2) != Config(rank=2)
-    assert Config.of(sized(2_028_328_000, "flow"), steps=7) == Config.sd3(steps=7) != Config.t4(steps=7) and Config.of(sized(9_000, "flow")) == Config()
+    assert Config.of(sized(2_028_328_000, "flow"), steps=7) == Config.sd3(steps=7) != Config.t4(steps=7) and Config.of(sized(9_000, "flow"), lr=1.) == Config.flags(lr=1.)
 
 
 # --- refused ---

@@ -128,7 +128,7 @@ def far(denoiser, hotfix, request, steps=5):
     return ((now - x_s).norm() / (was - x_s).norm()).item()
 
 
-@pytest.mark.parametrize('form', [dict(lr=3e-2), dict(rank=4, lr=3e-2)], ids=['full', 'lora'])
+@pytest.mark.parametrize('form', [dict(lr=3e-2), dict(rank=4, whiten=0., lr=3e-2), dict(rank=8, lr=3e-2)], ids=['full', 'lora', 'cut to a lora'])
 def test_the_seed_moves_to_its_surrogate_and_the_base_comes_back(denoiser, form):
     request, base = request_of(denoiser), fingerprint(denoiser)
     hotfix = unlearn(denoiser, [request], cfg=replace(SMALL, steps=25, **form))
@@ -169,11 +169,12 @@ def stock(pipe, seeds, prompt, guidance=3.):
     return pipe(prompt, num_inference_steps=5, guidance_scale=guidance, latents=randn(generators(seeds), shape), num_images_per_prompt=len(seeds), output_type='pt', **kw).images
 
 
+@pytest.mark.parametrize('whiten', [0., .01], ids=['lora', 'cut to a lora'])
 @pytest.mark.parametrize('kind', [('sd3',), ('sd', 'epsilon'), ('sdxl', 'epsilon')], ids='-'.join)
-def test_stock_diffusers_loads_a_saved_lora_and_gives_the_same_pictures(kind, tmp_path):
+def test_stock_diffusers_loads_a_saved_lora_and_gives_the_same_pictures(kind, whiten, tmp_path):
     pipe = pipeline(*kind)
     d, seeds = denoiser_of(pipe), [7, 8]
-    hotfix = unlearn(d, [request_of(d)], cfg=replace(SMALL, rank=4, lr=1e-2))
+    hotfix = unlearn(d, [request_of(d)], cfg=replace(SMALL, rank=4, whiten=whiten, lr=3e-2 if whiten else 1e-2))
     hotfix.save(tmp_path)
     was = stock(pipe, seeds, 'red flag')
     hotfix.apply(d)

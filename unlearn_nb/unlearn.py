@@ -29,7 +29,7 @@ from torch import autograd
 from tqdm.auto import tqdm
 
 from . import __version__, surgery, weights
-from .hotfix import Hotfix, fingerprint, write
+from .hotfix import PARTS, Hotfix, fingerprint, low_rank, write
 from .retain import Basis, States, draw, generate, moments, nearest, noised, pick, whitening
 
 try: import resource   # not on Windows: there the peak of memory is not reported
@@ -56,7 +56,7 @@ class Config:
     retain_weight: str = "unit_v"  # w(snr) of the retain loss
     surgery: str = "symmetric"     # how the two gradients meet; a name of room `surgery` or a callable
     whiten: float = .01            # damping of the free directions (room `retain`); 0: all directions alike
-    rank: int = 0                  # 0: whole weights change; r: a LoRA of rank r, in which nothing is whitened
+    rank: int = 0                  # 0: the change is kept whole; r: as a LoRA of rank r, the nearest one to a whitened change; not whitened, only that LoRA is trained
     t_max: int = 550               # the forget image is noised to levels below this
     levels: str = "low"            # how those are spread: "low", more of them where there is little noise; "uniform"; "logit_normal"
     own_share: float = .5          # share of the forget batch on the seed's own path, where a seed is known
@@ -81,9 +81,15 @@ class Config:
         return cls(**dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=28, precision="bf16", gradient_checkpointing=True) | kw)
 
     @classmethod
+    def flags(cls, **kw):
+        "For a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA; 50 pictures of the request's words and 50 of others."
+        return cls(**dict(steps=60, rank=16, weight="min_snr", t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=20) | kw)
+
+    @classmethod
     def of(cls, denoiser, **kw):
-        "The preset for a model of that size: as it is up to 20 M weights, above that `t4`, or `sd3` for a flow."
-        return (cls if sum(w.numel() for w in denoiser.net.parameters()) <= 20e6 else cls.sd3 if denoiser.prediction == "flow" else cls.t4)(**kw)
+        "The preset for a model of that size: up to 20 M weights as it is, or `flags` for a flow; above that `t4`, or `sd3` for a flow."
+        small, flow = sum(w.numel() for w in denoiser.net.parameters()) <= 20e6, denoiser.prediction == "flow"
+        return ((cls.flags if flow else cls) if small else cls.sd3 if flow else cls.t4)(**kw)
 
 # %% ../nbs/09_unlearn.ipynb #c09a7a03
 def x0_error(denoiser, out, x_t, t, goal, w):
@@ -138,9 +144,10 @@ def steer(denoiser, x_t, t, goal, *c):
 
 # %% ../nbs/09_unlearn.ipynb #64d76923
 class Full:
-    "W = W0 + the change of v, for the weights that have a basis (as of `retain.whitening`); without bases, W = W0 + v for all of them."
+    "W = W0 + the change of v, for the weights that have a basis (as of `retain.whitening`); without bases, W = W0 + v for all of them. rank: keep the change as a LoRA, the nearest one (0: whole)."
 
-    def __init__(self, denoiser, bases):
+    def __init__(self, denoiser, bases, rank=0):
+        self.rank, self.part = rank, PARTS.get(type(denoiser.net).__name__, "")
         chosen = {k: w for k, w in denoiser.net.named_parameters() if k in bases or not bases}
         self.trained = [(w, w.requires_grad) for w in chosen.values()]
         self.names, self.weights, self.bases = list(chosen), [w.requires_grad_() for w in chosen.values()], [bases.get(k) for k in chosen]
@@ -153,7 +160,9 @@ class Full:
     def push(self):
         for w, w0, v, B in zip(self.weights, self.base, self.params, self.bases): w.copy_(w0 + (B.change(v, w) if B else v))
 
-    def delta(self): return {k: (w.detach().float() - w0.float()).half().cpu().contiguous() for k, w, w0 in zip(self.names, self.weights, self.base)}
+    def delta(self):
+        whole = {k: w.detach().float() - w0.float() for k, w, w0 in zip(self.names, self.weights, self.base)}
+        return {k: v.half().cpu().contiguous() for k, v in (low_rank(whole, self.rank, self.part) if self.rank else whole).items()}
 
     @torch.no_grad()
     def restore(self):
@@ -172,8 +181,7 @@ class Lora:
             self.model = LoraModel(denoiser.net, {"hotfix": LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)}, "hotfix")
         factors = {k: w for k, w in denoiser.net.named_parameters() if ".lora_" in k}
         for w in factors.values(): w.data = w.data.float()
-        part = {"SD3Transformer2DModel": "transformer.", "UNet2DConditionModel": "unet."}.get(type(denoiser.net).__name__, "")
-        self.names, self.params = [part + k for k in factors], list(factors.values())
+        self.names, self.params = [PARTS.get(type(denoiser.net).__name__, "") + k for k in factors], list(factors.values())
         self.weights, self.bases = self.params, []
 
     def pull(self, gradients): return list(gradients)
@@ -187,10 +195,9 @@ class Lora:
         for w, trained in self.trained: w.requires_grad_(trained)
 
 def form_of(denoiser, retain, cfg):
-    "What the loop moves: a LoRA, or whole weights, along directions that what must stay leaves free if cfg.whiten is above 0."
-    if cfg.rank: return Lora(denoiser, cfg.rank, cfg.seed)
-    if not cfg.whiten: return Full(denoiser, {})
-    return Full(denoiser, whitening(moments(denoiser, retain, weights.get(cfg.retain_weight), seed=cfg.seed), cfg.whiten))
+    "What the loop moves: if cfg.whiten is above 0 whole weights, along directions that what must stay leaves free; else a LoRA, or whole weights."
+    if cfg.whiten: return Full(denoiser, whitening(moments(denoiser, retain, weights.get(cfg.retain_weight), seed=cfg.seed), cfg.whiten), cfg.rank)
+    return Lora(denoiser, cfg.rank, cfg.seed) if cfg.rank else Full(denoiser, {})
 
 # %% ../nbs/09_unlearn.ipynb #f4f577d6
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
