@@ -8,6 +8,7 @@ import time
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file
 
 from unlearn_nb.cli import main
 from unlearn_nb.hotfix import Hotfix
@@ -84,6 +85,17 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(tmp_path):
         main([str(a) for a in ["sample", "--model", tmp_path/"model", *more, "--seeds", "0:4", "--steps", 3, "--out", tmp_path/f"{name}.png"]])
         grids[name] = np.asarray(Image.open(tmp_path/f"{name}.png"))
     assert (grids["none"] != grids["both"]).any() and (grids["both"] != grids["second"]).any()
+
+
+def test_the_built_in_flags(tmp_path, capsys):
+    "Which flag a picture shows is what the report compares by; all flags are kept; the hotfix is a LoRA."
+    flags, prompt = load("flags"), "a photo of the flag of ireland"
+    flags.decode(flags.sample([1], 4, prompt=prompt))[0].rotate(180).save(tmp_path/"other.png")
+    main(["forget", "--model", "flags", "--seed", "1", "--prompt", prompt, "--surrogate", str(tmp_path/"other.png"), "--steps", "1", "--out", str(tmp_path/"fix")])
+    out, err = capsys.readouterr()
+    card = json.loads((tmp_path/"fix/card.json").read_text())
+    assert "written to" in out and "descriptor" not in err and card["base"]["id"] == "flags" and card["config"]["rank"] > 0
+    assert card["requests"][0]["prompt"] == prompt and all(k.startswith("transformer.") for k in load_file(tmp_path/"fix/hotfix.safetensors"))
 
 
 def test_forget_and_sample_a_model_with_words(tmp_path, capsys):

@@ -60,9 +60,11 @@ def with_hotfixes(model, folders, steps):
     return denoiser, [Request(*r) for r in zip(before, pictures(), seeds, prompts)], len(earlier) - len(seeds)
 
 def descriptor(denoiser):
-    "What the report compares pictures by: who is in them; of a model with words SSCD, if its weights are there."
+    "What the report compares pictures by: who is in them; which flag, for the built-in flags; of another model with words SSCD, if its weights are there."
+    from unlearn_nb.flags import read_flag
     from unlearn_nb.metrics import describe, sscd
     if not denoiser.prompts: return describe
+    if denoiser.name == "flags": return lambda x: read_flag(x)[1].sqrt()   # unit vectors
     try: return sscd()
     except (FileNotFoundError, ValueError) as e:
         click.echo(f"note: similarities are those of the built-in face descriptor, which may not see what must go ({e})", err=True)
@@ -73,6 +75,7 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=None, folders=(),
     "One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing."
     from unlearn_nb import report, surrogates
     from unlearn_nb.denoiser import read_image
+    from unlearn_nb.flags import FLAGS, caption
     from unlearn_nb.unlearn import Config, Request, default_retain, unlearn
     with new_folder(out) as folder:
         denoiser, earlier, unknown = with_hotfixes(model, folders, Config().sampling_steps)
@@ -85,7 +88,7 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=None, folders=(),
         x_s = read_image(surrogate) if surrogate else surrogates.propose(denoiser, x_f, steps=cfg.sampling_steps)
         describe = descriptor(denoiser)
         for warning in surrogates.check(x_f, x_s, describe=describe).warnings: click.echo(f"note: the surrogate: {warning}", err=True)
-        request, prompts = Request(x_f, x_s, seed, prompt), keep or ("",)
+        request, prompts = Request(x_f, x_s, seed, prompt), keep or (tuple(map(caption, FLAGS)) if denoiser.name == "flags" else ("",))
         click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
         others = default_retain(denoiser, [request], cfg, cache, prompts)
         click.echo("3/4  unlearn")
@@ -111,10 +114,10 @@ def demo(seed, out, steps):
     forget_one("faces", seed, None, None, steps, out)
 
 @cli.command()
-@click.option("--model", required=True, help="'faces', a diffusers folder, or a hub id such as google/ddpm-celebahq-256.")
+@click.option("--model", required=True, help="'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256.")
 @click.option("--seed", type=click.IntRange(min=0), help="Forget what this seed gives.")
 @click.option("--prompt", help="With this prompt, if the model wants words.")
-@click.option("--keep", multiple=True, help="A prompt whose pictures must stay, beside those of --prompt (may be given several times).  [default: no words]")
+@click.option("--keep", multiple=True, help="A prompt whose pictures must stay, beside those of --prompt (may be given several times).  [default: no words; of flags, all flags]")
 @click.option("--image", type=click.Path(), help="Or forget this picture (PNG, JPEG, WebP of the model's size).")
 @click.option("--surrogate", type=click.Path(), help="What to give instead; otherwise the model repaints the middle of the picture.")
 @click.option("--out", type=click.Path(), required=True, help="Folder to write; must not exist or be empty.")
@@ -131,7 +134,7 @@ def forget(model, seed, prompt, keep, image, surrogate, out, steps, rank, folder
 
 # %% ../nbs/16_cli.ipynb #11531079
 @cli.command()
-@click.option("--model", required=True, help="'faces', a diffusers folder, or a hub id.")
+@click.option("--model", required=True, help="'faces', 'flags', a diffusers folder, or a hub id.")
 @click.option("--hotfix", "folders", type=click.Path(), multiple=True, help="Apply this hotfix first (may be given several times).")
 @click.option("--seeds", default="0:16", show_default=True, help="A range like 0:16, or a list like 3,5,8.")
 @click.option("--prompt", help="Of what, if the model wants words.")
