@@ -43,7 +43,7 @@ def write(path, data):
 
 # %% ../nbs/08_hotfix.ipynb #33d56e02
 PARTS = {"SD3Transformer2DModel": "transformer.", "UNet2DConditionModel": "unet."}   # of a pipeline: stands before the names of a LoRA, so that diffusers loads it
-PART = rf"^({'|'.join(PARTS.values())})"
+PART = f"^({'|'.join(map(re.escape, PARTS.values()))})"
 
 def change(delta, name):
     "The change of the weight called name, in float32: as stored, or the product of its low-rank factors `lora_B` and `lora_A`."

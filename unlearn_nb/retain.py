@@ -102,10 +102,10 @@ def unit_mean(A):
 def rows(x, conv): return (x.movedim(1, -1) if conv else x).flatten(0, -2).float()   # [B, K, H, W] or [..., K] -> [N, K]
 
 # %% ../nbs/07_retain.ipynb #c3b199cf
-def moments(denoiser, retain, w=unit_v, n=48, seed=0):
+def moments(denoiser, retain, w=unit_v, n=None, seed=0):
     """`Moments` with mean eigenvalue 1 at n states of what must stay, of each convolution and linear layer that runs: {name of the weight: Moments}, float32.
 
-    w(snr): the weight of the retain loss, which says at which levels errors count."""
+    w(snr): the weight of the retain loss, which says at which levels errors count. n: None: 48; 256 of a model with words, whose pictures differ more."""
     layers = {f"{k}.weight": m for k, m in denoiser.net.named_modules() if isinstance(m, torch.nn.Linear) or isinstance(m, torch.nn.Conv2d) and m.groups == 1}
     trained, sums, left = [(p, p.requires_grad) for p in denoiser.net.parameters()], {}, []
     def add(name, kind, a): sums[name, kind] = sums.get((name, kind), 0) + a
@@ -122,7 +122,7 @@ def moments(denoiser, retain, w=unit_v, n=48, seed=0):
     try:
         for p, _ in trained: p.requires_grad_()
         g = torch.Generator().manual_seed(seed)
-        x_t, t, _, *c = draw(retain, n, g)
+        x_t, t, _, *c = draw(retain, n or (256 if denoiser.prompts else 48), g)
         errors = torch.randn(x_t.shape, generator=g).to(x_t) * w(denoiser.snr(t)).sqrt().view(-1, 1, 1, 1) * denoiser.gain(t)
         batch = max(1, 2 ** 13 // x_t[0, 0].numel())
         for x, level, u, *words in zip(*(v.split(batch) for v in (x_t, t, errors, *c))):

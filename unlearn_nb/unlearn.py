@@ -83,7 +83,7 @@ class Config:
     @classmethod
     def flags(cls, **kw):
         "For a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA; 50 pictures of the request's words and 50 of others."
-        return cls(**dict(steps=60, rank=16, weight="min_snr", t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=20) | kw)
+        return cls(**dict(steps=60, rank=16, weight="min_snr", t_max=600, retain_images=50, near_images=0, sampling_steps=12) | kw)
 
     @classmethod
     def of(cls, denoiser, **kw):
