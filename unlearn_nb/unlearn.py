@@ -70,26 +70,32 @@ class Config:
     gradient_checkpointing: bool = False   # less memory, a third more time, the same result
     seed: int = 0                  # of everything random
 
-    @classmethod
-    def t4(cls, **kw):
-        "For a model of 256 pixels and 114 M weights, such as google/ddpm-celebahq-256, in the 15 GB of a T4."
-        return cls(**dict(forget_batch=4, retain_batch=4, retain_images=16, near_images=0, lr=3e-5, whiten=0.) | kw)
+# %% ../nbs/09_unlearn.ipynb #c09a7b02
+def preset(f):
+    "Make f a class method of `Config`."
+    setattr(Config, f.__name__, classmethod(f))
+    return f
 
-    @classmethod
-    def sd3(cls, **kw):
-        "For Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16: a LoRA, one state at a time, 50 pictures of the request's words and 50 of others. Never run at that size, so untuned."
-        return cls(**dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=28, precision="bf16", gradient_checkpointing=True) | kw)
+@preset
+def t4(cls, **kw):
+    "For a model of 256 pixels and 114 M weights, such as google/ddpm-celebahq-256, in the 15 GB of a T4."
+    return cls(**dict(forget_batch=4, retain_batch=4, retain_images=16, near_images=0, lr=3e-5, whiten=0.) | kw)
 
-    @classmethod
-    def flags(cls, **kw):
-        "For a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA; 50 pictures of the request's words and 50 of others."
-        return cls(**dict(steps=60, rank=16, weight="min_snr", t_max=600, retain_images=50, near_images=0, sampling_steps=12) | kw)
+@preset
+def sd3(cls, **kw):
+    "For Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16: a LoRA, one state at a time, 50 pictures of the request's words and 50 of others. Never run at that size, so untuned."
+    return cls(**dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", whiten=0., t_max=1000, levels="logit_normal", retain_images=50, near_images=0, sampling_steps=28, precision="bf16", gradient_checkpointing=True) | kw)
 
-    @classmethod
-    def of(cls, denoiser, **kw):
-        "The preset for a model of that size: up to 20 M weights as it is, or `flags` for a flow; above that `t4`, or `sd3` for a flow."
-        small, flow = sum(w.numel() for w in denoiser.net.parameters()) <= 20e6, denoiser.prediction == "flow"
-        return ((cls.flags if flow else cls) if small else cls.sd3 if flow else cls.t4)(**kw)
+@preset
+def flags(cls, **kw):
+    "For a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA; 50 pictures of the request's words and 50 of others."
+    return cls(**dict(steps=60, rank=16, weight="min_snr", t_max=600, retain_images=50, near_images=0, sampling_steps=12) | kw)
+
+@preset
+def of(cls, denoiser, **kw):
+    "The preset for a model of that size: up to 20 M weights as it is, or `flags` for a flow; above that `t4`, or `sd3` for a flow."
+    small, flow = sum(w.numel() for w in denoiser.net.parameters()) <= 20e6, denoiser.prediction == "flow"
+    return ((cls.flags if flow else cls) if small else cls.sd3 if flow else cls.t4)(**kw)
 
 # %% ../nbs/09_unlearn.ipynb #c09a7a03
 def x0_error(denoiser, out, x_t, t, goal, w):
