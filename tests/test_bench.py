@@ -208,7 +208,7 @@ def test_what_is_timed(cuda, bf16, model, precision, batch, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: bf16)
     monkeypatch.setattr(bench, "random_model", lambda config, scheduler, device, name: SimpleNamespace(name=name, device=device, prediction="epsilon", net=torch.nn.Linear(5000, 5000)))
-    monkeypatch.setattr(bench, "load", lambda name: SimpleNamespace(name=name, net=torch.nn.Linear(2, 2)))
+    monkeypatch.setattr(bench, "load", lambda name: SimpleNamespace(name=name, prediction="epsilon", net=torch.nn.Linear(2, 2)))
     denoiser, cfg = bench.subject(model)
     assert (cfg.precision, cfg.forget_batch) == (precision, batch)
     assert denoiser.name == ("ddpm-celebahq-256, random weights" if cuda and not model else "faces")
