@@ -27,7 +27,7 @@ from torch.testing import assert_close
 from conftest import ROOT
 from unlearn_nb import surgery
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.hotfix import Hotfix, changed, fingerprint
+from unlearn_nb.hotfix import Hotfix, change, changed, fingerprint
 from unlearn_nb.retain import generate, moments, noised, whitening
 from unlearn_nb.unlearn import (Config, Full, Lora, Request, default_retain, forget_states, gradient, noised_states, own_states, still_forgotten, unlearn,
                                 x0_loss)
@@ -85,7 +85,9 @@ def norm(tensors): return sum(v.double().square().sum() for v in tensors)**.5
 
 def apart(a, b):
     "How far two changes are from one another: in norms of the weights, and in norms of the change."
-    difference = norm([a[k].float() - b[k].float() for k in a])
+    assert changed(a) == changed(b)
+    a, b = ({k: change(delta, k) for k in changed(delta)} for delta in (a, b))   # whole, if it is stored as factors
+    difference = norm([a[k] - b[k] for k in a])
     return (difference/norm(setting()[0].net.state_dict().values())).item(), (difference/norm(a.values())).item()
 
 
@@ -157,7 +159,7 @@ def test_base_comes_back_after_whatever_happens(form, how):
 
 
 
-@pytest.mark.parametrize("form", [FORMS["whitened"], FORMS["full"], FORMS["lora"]], ids=FORMS)
+@forms
 def test_frozen_weights_are_frozen_again(form):
     model, request, retain = tiny(), *setting()[1:]
     model.net.requires_grad_(False).conv_in.requires_grad_(True)
@@ -166,7 +168,7 @@ def test_frozen_weights_are_frozen_again(form):
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("form", [FORMS["whitened"], FORMS["full"], FORMS["lora"]], ids=FORMS)
+@forms
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_a_base_of_half_precision(form, dtype):
     model = tiny()
@@ -180,7 +182,7 @@ def test_a_base_of_half_precision(form, dtype):
 
 
 
-@pytest.mark.parametrize("form", [FORMS["whitened"], FORMS["full"], FORMS["lora"]], ids=FORMS)
+@forms
 def test_another_layout_of_the_weights(form, tmp_path):
     model, request, retain = tiny(), *setting()[1:]
     model.net.to(memory_format=torch.channels_last)
@@ -659,7 +661,7 @@ def test_not_finite_stops_with_the_step_named_and_the_base_back(form):
     assert state_of(model) == before
 
 
-@pytest.mark.parametrize("form", [FORMS["whitened"], FORMS["full"], FORMS["lora"]], ids=FORMS)
+@forms
 def test_a_model_that_is_no_number(form):
     model, request, retain = tiny(), *setting()[1:]
     model.net.conv_in.weight.data[0, 0, 0, 0] = float("nan")
