@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unlearn_nb.faces import to_tensor
-from unlearn_nb.flags import (CAPTIONS, CLASSES, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
+from unlearn_nb.flags import (CAPTIONS, CLASSES, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption, describe_flag, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
     training_set)
 
 NAMES = list(FLAGS)
@@ -329,3 +329,10 @@ def test_a_flag_of_ones_own():
     image = flat(monaco, 40)
     assert image.size == (50, 40) and image.getpixel((3, 3)) == (206, 17, 38) and image.getpixel((3, 36)) == (255, 255, 255)
     assert read_flag([draw(monaco, sample_scene(UNSEEN + 1))])[0] == ['Indonesia']
+
+
+def test_descriptions_tell_flags_apart_and_not_scenes():
+    x = {name: describe_flag(to_tensor([draw(name, sample_scene(UNSEEN + k)) for k in range(4)])) for name in ('Ireland', "Cote d'Ivoire", 'Japan')}
+    assert all(torch.allclose(d.norm(dim=1), torch.ones(4), atol=1e-5) for d in x.values())
+    for a in x:
+        for b in x: assert ((x[a] @ x[b].T) > .6).all() if a == b else ((x[a] @ x[b].T) < .5).all()

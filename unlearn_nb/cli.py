@@ -61,10 +61,10 @@ def with_hotfixes(model, folders, steps):
 
 def descriptor(denoiser):
     "What the report compares pictures by: who is in them; which flag, for the built-in flags; of another model with words SSCD, if its weights are there."
-    from unlearn_nb.flags import read_flag
+    from unlearn_nb.flags import describe_flag
     from unlearn_nb.metrics import describe, sscd
     if not denoiser.prompts: return describe
-    if denoiser.name == "flags": return lambda x: read_flag(x)[1].sqrt()   # unit vectors
+    if denoiser.name == "flags": return describe_flag
     try: return sscd()
     except (FileNotFoundError, ValueError) as e:
         click.echo(f"note: similarities are those of the built-in face descriptor, which may not see what must go ({e})", err=True)

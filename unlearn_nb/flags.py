@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FLAGS', 'CAPTIONS', 'ERRORS', 'LOOKS_LIKE', 'CLASSES', 'Flag', 'flat', 'Scene', 'sample_scene', 'draw', 'caption',
-           'training_set', 'FlagClassifier', 'train_classifier', 'flag_classifier', 'read_flag']
+           'training_set', 'FlagClassifier', 'train_classifier', 'flag_classifier', 'read_flag', 'describe_flag']
 
 # %% ../nbs/01_flags.ipynb #b2260f0d
 from dataclasses import dataclass
@@ -292,3 +292,7 @@ def read_flag(images, net=None):
         images = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images]).float() / 127.5 - 1
     p = torch.cat([(net or flag_classifier())(some) for some in images.float().cpu().split(200)]).softmax(1)
     return [CLASSES[k] for k in p.argmax(1)], p
+
+def describe_flag(images):
+    "Unit vectors [B, 31] that say which flag pictures [B, 3, H, W] in [-1, 1] show, for the measures of room `metrics`: square roots of the probabilities."
+    return read_flag(images)[1].sqrt()
