@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unlearn_nb.faces import to_tensor
-from unlearn_nb.flags import (CAPTIONS, CLASSES, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption, describe_flag, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
+from unlearn_nb.flags import (CAPTIONS, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption, describe_flag, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
     training_set)
 
 NAMES = list(FLAGS)
@@ -269,7 +269,7 @@ def test_pictures_show_what_the_training_set_says():
 def test_the_classifier_is_small():
     net = flag_classifier()
     assert sum(p.numel() for p in net.parameters()) <= 150_000 and not net.training and not any(p.requires_grad for p in net.parameters())
-    assert CLASSES == (*NAMES, 'Denmark, cross in the middle') and set(LOOKS_LIKE.values()) <= set(CLASSES)
+    assert FlagClassifier.classes == (*NAMES, 'Denmark, cross in the middle') and set(LOOKS_LIKE.values()) <= set(FlagClassifier.classes)
     assert net(torch.zeros(2, 3, 64, 64)).shape == net(torch.zeros(2, 3, 32, 40)).shape == (2, 31)
 
 
@@ -289,7 +289,7 @@ def test_the_classifier_reads_soft_and_noisy_flags():
 @pytest.mark.parametrize('name', ERRORS)
 def test_wrong_designs_are_read_as_what_they_are(name):
     read, p = read_flag([draw(ERRORS[name], sample_scene(UNSEEN + k)) for k in range(100)])
-    assert read.count(LOOKS_LIKE[name]) >= 99 and p[:, CLASSES.index(name)].median() < .05
+    assert read.count(LOOKS_LIKE[name]) >= 99 and p[:, FlagClassifier.classes.index(name)].median() < .05
 
 
 def test_read_flag_takes_pictures_and_tensors():
