@@ -157,6 +157,18 @@ def test_base_comes_back_after_whatever_happens(form, how):
     assert state_of(model) == before
 
 
+@forms
+def test_the_watcher_sees_every_step_and_its_weights(form):
+    model, request, retain = setting()
+    before, seen = state_of(model), []
+    def watch(step, what): seen.append((step, what, fingerprint(model)))
+    fix = unlearn(model, [request], retain, replace(TINY, **form), watch=watch)
+    assert [step for step, _, _ in seen] == list(range(TINY.steps)) and [what for _, what, _ in seen] == fix.card["log"]
+    assert len({mark for _, _, mark in seen} | {before["bits"]}) == TINY.steps + 1 and state_of(model) == before
+    def stop(step, what):
+        if step == 1: raise Stop
+    with pytest.raises(Stop): unlearn(model, [request], retain, replace(TINY, **form), watch=stop)
+    assert state_of(model) == before
 
 
 @forms

@@ -363,11 +363,11 @@ def still_forgotten(denoiser, earlier, cfg):
     return [(1, again), *([(1, generate(denoiser, [r.seed for r in seeded], cfg.sampling_steps, prompt=prompts_of(denoiser, seeded)))] if seeded else [])]
 
 # %% ../nbs/09_unlearn.ipynb #c5caccc1
-def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project):
+def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project, watch=None):
     """Make noised versions of each request's image lead to its surrogate, and leave all else as it is: returns a `Hotfix`, not yet applied.
 
     retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`). earlier: requests whose hotfixes are on the model, to stay forgotten.
-    checkpoint: a file to go on from if it exists, written every 10 steps. method: another way to a step's gradient (room `baselines`). The denoiser comes back as it was, bit for bit. Under `accelerate launch` the processes share each batch.
+    checkpoint: a file to go on from if it exists, written every 10 steps. method: another way to a step's gradient (room `baselines`). watch: called as watch(step, seen) after each step, when the net has that step's weights; what it raises ends the run. The denoiser comes back as it was, bit for bit. Under `accelerate launch` the processes share each batch.
     FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work."""
     check(denoiser, [*requests, *earlier] if requests else [], cfg, checkpoint)
     start, state = time.monotonic(), PartialState(cpu=denoiser.device.type == "cpu")
@@ -393,6 +393,7 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
             opt.param_groups[0]["lr"] = cfg.lr * .5 * (1 + cos(pi * step / cfg.steps))
             opt.step(), form.push()
             log.append(seen)
+            if watch: watch(step, seen)
             bar.set_postfix_str(", ".join(f"{k} {v:+.3f}" for k, v in seen.items() if k != "ratio"), refresh=False)
             if checkpoint and state.is_main_process and (step % 10 == 9 or step == cfg.steps - 1): save_checkpoint(checkpoint, topic, step + 1, log, form, opt, direction)
         delta = form.delta()
