@@ -41,7 +41,7 @@ def targets(text): return re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'\b(?
 @every_notebook
 def test_place_and_name(path):
     place = path.relative_to(NBS).as_posix()
-    assert re.fullmatch(r'index\.ipynb|(tutorials/)?\d\d_[a-z0-9_]+\.ipynb', place), place
+    assert re.fullmatch(r'(index|method_on_one_page)\.ipynb|(tutorials/)?\d\d_[a-z0-9_]+\.ipynb', place), place
 
 
 def test_page_names_differ():
