@@ -1,4 +1,5 @@
 "Everything here is read from settings.ini; edit that file, not this one."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -13,11 +14,19 @@ PYTHONS = '3.10 3.11 3.12'.split()
 LICENSES = {'apache2': 'Apache-2.0'}
 STATUSES = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
 
+
+def readme():
+    "README.md with whole links: it is read where the repository's files are not beside it."
+    text = (here/'README.md').read_text(encoding='utf-8')
+    raw, page = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/", f"{cfg['git_url']}/blob/{cfg['branch']}/"
+    return re.sub(r'(!?)(\[[^\[\]]*\])\((?![a-z]+:|#)', lambda m: f'{m[1]}{m[2]}({raw if m[1] else page}', text)
+
+
 setup(
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
-    long_description=(here/'README.md').read_text(encoding='utf-8') if (here/'README.md').exists() else cfg['description'],
+    long_description=readme() if (here/'README.md').exists() else cfg['description'],
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],

@@ -2,6 +2,7 @@
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,13 +40,29 @@ def source_files():
     return sorted({p for p in found if (ROOT/p).is_file() and not any(s in NOT_SOURCE or s.endswith('.egg-info') for s in p.parts)})
 
 
+def copy_to(folder):
+    "The checkout's source files, copied into `folder`."
+    for path in source_files():
+        (folder/path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT/path, folder/path)
+    return folder
+
+
 @pytest.fixture
 def copy(tmp_path):
     "A copy of the checkout's source files, so that no test changes the checkout."
-    for path in source_files():
-        (tmp_path/'copy'/path).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(ROOT/path, tmp_path/'copy'/path)
-    return tmp_path/'copy'
+    return copy_to(tmp_path/'copy')
+
+
+@pytest.fixture(scope='session')
+def wheel(tmp_path_factory):
+    "The wheel, alone in its folder, built from a copy of the checkout."
+    place = tmp_path_factory.mktemp('wheel')
+    command = [sys.executable, '-m', 'pip', 'wheel', '--no-index', '--no-deps', '--no-build-isolation', '--use-pep517', '-w', place/'dist', copy_to(place/'copy')]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stdout + run.stderr
+    [built] = (place/'dist').iterdir()
+    return built
 
 
 @pytest.fixture

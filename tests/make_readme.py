@@ -1,4 +1,4 @@
-"Make README.md from nbs/index.ipynb, without Quarto, and its picture from the first tutorial: `python tests/make_readme.py`"
+"Make README.md from nbs/index.ipynb, without Quarto, and its pictures from the first tutorial: `python tests/make_readme.py`"
 import base64
 import json
 import posixpath
@@ -51,15 +51,22 @@ def readme(notebook=ROOT/'nbs'/'index.ipynb'):
     return '\n\n'.join([NOTE, *(b.strip() for c in cells for b in cell_blocks(c))]) + '\n'
 
 
-def picture(notebook=ROOT/'nbs'/'tutorials'/'01_forget_a_face.ipynb'):
-    "The PNG that the first tutorial shows for `report.figure`: the README's picture."
+def shown(call, kind, notebook=ROOT/'nbs'/'tutorials'/'01_forget_a_face.ipynb'):
+    "What the first tutorial shows, as this MIME type, in the one cell whose last line begins with this call."
     cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    shown = [o['data']['image/png'] for c in cells if ''.join(c['source']).startswith('report.figure(') for o in c['outputs']]
-    if len(shown) != 1: raise ValueError(f'the first tutorial shows {len(shown)} figures of the report; expected one: run it')
-    return base64.b64decode(shown[0])
+    found = [o['data'][kind] for c in cells if ''.join(c['source']).strip().split('\n')[-1].startswith(call) for o in c['outputs']]
+    if len(found) != 1: raise ValueError(f'the first tutorial shows {len(found)} outputs of {call}; expected one: run it')
+    return ''.join(found[0])
+
+
+def picture(): return base64.b64decode(shown('report.figure(', 'image/png'))   # before and after
+
+
+def film(): return base64.b64decode(re.search(r'base64,([^"]+)', shown('moving(', 'text/html'))[1])   # a GIF of the seed's path
 
 
 if __name__ == '__main__':
     (ROOT/'nbs'/'images'/'before_after.png').write_bytes(picture())
+    (ROOT/'nbs'/'images'/'path.gif').write_bytes(film())
     (ROOT/'README.md').write_text(readme(), encoding='utf-8', newline='\n')
     print('README.md written')

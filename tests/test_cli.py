@@ -1,16 +1,18 @@
 "The command: what it writes, and what it says to bad input."
 import json
+import shlex
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file
 
-from unlearn_nb.cli import main
+from unlearn_nb.cli import cli, main
 from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.zoo import load
 
@@ -172,8 +174,28 @@ def test_a_board_from_the_command_line(tmp_path, monkeypatch, capsys):
     assert asked == [("faces", "board", ["ours", "SISS at t=999"], [100, 101], [200, 201], 3)]*2 and "written to" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("args", [["demo"], ["forget"], ["sample"], ["train"], ["bench"], ["leaderboard"]])
-def test_help(args, capsys):
-    main([*args, "--help"])
+@pytest.mark.parametrize("command", sorted(cli.commands))
+def test_help_of_every_command(command, capsys):
+    "It says what the command does in a line of the list, and ends with an example that the command understands."
+    main([command, "--help"])
     out = capsys.readouterr().out
-    assert out.startswith("Usage: unlearn_nb") and "--help" in out
+    assert out.startswith(f"Usage: unlearn_nb {command}") and "see Config" not in out and max(map(len, out.splitlines())) <= 80
+    example = shlex.split(out.strip().rpartition("\n  Example: unlearn_nb ")[2])
+    assert example[0] == command and cli.commands[command].make_context(command, example[1:])
+    main(["--help"])
+    assert [l for l in capsys.readouterr().out.splitlines() if l.startswith(f"  {command} ") and l.endswith(".") and not l.endswith("...")]
+
+
+def test_help_names_the_defaults_of_config(capsys):
+    from unlearn_nb.unlearn import Config
+    for command in ("demo", "forget"):
+        main([command, "--help"])
+        out = " ".join(capsys.readouterr().out.split())
+        assert f"Updates of the weights. [default: ({Config().steps}" in out
+    assert f"({Config().steps}; for 'flags' {Config.flags().steps})" in out and f"({Config().rank}; for 'flags' and Stable Diffusion 3 {Config.flags().rank})" in out
+    assert Config.t4().steps == Config.sd3().steps == Config().steps and Config.sd3().rank == Config.flags().rank
+
+
+def test_python_m_is_the_command():
+    by_module, by_name = (subprocess.run([*command, "--help"], capture_output=True, text=True) for command in ([sys.executable, "-m", "unlearn_nb"], [Path(sys.executable).parent/"unlearn_nb"]))
+    assert by_module.returncode == by_name.returncode == 0 and by_module.stdout == by_name.stdout != "" == by_module.stderr

@@ -14,11 +14,11 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conftest import ROOT, source_files
-from make_readme import picture, readme
+from make_readme import film, picture, readme
 
 PACKAGE, NBS = ROOT/'unlearn_nb', ROOT/'nbs'
 FLOORS = [  # imports go from a later line to an earlier one, and never sideways
-    ['faces', 'flags'],
+    ['faces', 'flags', 'figures'],
     ['denoiser', 'weights', 'surgery'],
     ['zoo', 'surrogates', 'retain', 'hotfix', 'metrics', 'train'],
     ['unlearn', 'audit', 'train_text'],
@@ -27,7 +27,7 @@ FLOORS = [  # imports go from a later line to an earlier one, and never sideways
     ['cli', 'studio'],
 ]
 FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if p.stem not in ('__init__', '_modidx'))
+ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if p.stem not in ('__init__', '__main__', '_modidx'))
 DEV_ONLY = 'nbdev fastcore execnb ghapi fastgit'.split()
 SETTINGS = ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
@@ -78,8 +78,8 @@ def test_readme_is_made_from_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run: python tests/make_readme.py'
 
 
-def test_the_picture_of_the_readme_is_that_of_the_first_tutorial():
-    assert (NBS/'images/before_after.png').read_bytes() == picture(), 'run: python tests/make_readme.py'
+def test_the_pictures_of_the_readme_are_those_of_the_first_tutorial():
+    assert (NBS/'images/before_after.png').read_bytes() == picture() and (NBS/'images/path.gif').read_bytes() == film(), 'run: python tests/make_readme.py'
 
 
 def test_readme_has_the_two_commands():
@@ -94,14 +94,15 @@ def test_readme_links_exist():
 
 
 def test_sidebar_lists_the_notebooks_that_exist():
-    def flat(contents):
-        for item in contents:
-            if isinstance(item, str): yield item
-            else: yield from flat(item['contents'])
-    listed = list(flat(yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']))
-    assert len(set(listed)) == len(listed)
-    assert set(listed) == {p.relative_to(NBS).as_posix() for p in notebooks()}
-    assert listed[0] == 'index.ipynb' and listed[1:] == sorted(listed[1:]), 'reading order is number order, tutorials last'
+    "Start, the lessons and the tutorials in number order, and what is made for reference."
+    sidebar = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    listed = {section['section']: section['contents'] for section in sidebar}
+    there = sorted(p.relative_to(NBS).as_posix() for p in notebooks())
+    assert list(listed) == ['Start', 'Lessons', 'Tutorials', 'Reference']
+    assert listed['Start'] == ['index.ipynb', 'method_on_one_page.ipynb']
+    assert listed['Lessons'] == [p for p in there if re.match(r'\d\d_', p)] and listed['Tutorials'] == [p for p in there if '/' in p]
+    assert not set(there) - {p for pages in listed.values() for p in pages}
+    assert listed['Reference'] == ['reference.md', 'models/faces.md', 'models/flags.md']
 
 
 def test_quarto_include_is_one_line():

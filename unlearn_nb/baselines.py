@@ -406,25 +406,30 @@ def label(ax, points, width=.3, height=1.2):
     for x, y, name, colour in sorted(points, key=lambda point: point[1]):
         while any(abs(x - a) < width and y - b < height for a, b in placed): y += height / 8
         placed.append((x, y))
-        ax.annotate(name, (x + .02, y), fontsize=8, color=colour, va="center")
+        ax.annotate(name, (x + .02, y), fontsize=8, color=colour, va="bottom")
 
 def board_figure(results):
-    "The board as one PIL image: forgetting against drift with intervals, dominated area, quality, cost."
+    "The board as one PIL image: forgetting against drift with intervals, dominated area, quality, cost. Ours dark, ours without a part hollow, rivals grey."
     from matplotlib.figure import Figure
+
+    from unlearn_nb.figures import BASE, EDITED
+
     made = {name: m for name, result in results.items() if (m := summary(result["rows"]))}
-    colours = {name: "#00798c" if name == "ours" else "#edae49" if name.startswith("ours") else "#d1495b" for name in made}
+    def look(name): return ("D", EDITED, EDITED) if name == "ours" else ("D", EDITED, "white") if name.startswith("ours") else ("s", BASE, BASE)   # marker, edge, inside: ours, without a part, rivals
     fig = Figure(figsize=(11, 8), dpi=80, layout="constrained")
     (a, b), (c, d) = fig.subplots(2, 2)
     for name, m in made.items():
-        a.errorbar(m["F"], m["psnr_median"], m["psnr_width"], m["F_width"], fmt="o", color=colours[name], elinewidth=.8, alpha=.7)
+        marker, edge, inside = look(name)
+        a.errorbar(m["F"], m["psnr_median"], m["psnr_width"], m["F_width"], fmt=marker, color=edge, mfc=inside, elinewidth=.8, zorder=3 if edge == EDITED else 2)
     label(a, [(m["F"], m["psnr_median"], name, "k") for name, m in made.items()])
     front = [m for m in made.values() if not any(o["F"] >= m["F"] and o["psnr_median"] >= m["psnr_median"] and o is not m for o in made.values())]
     front.sort(key=lambda m: m["F"])
-    a.plot([m["F"] for m in front], [m["psnr_median"] for m in front], color="#6c757d", lw=.8, zorder=0)
-    a.set(xlabel="forgotten: least F (1: as far as the surrogate)", ylabel="kept: PSNR of other seeds (dB)", title="best is right and high; the line: nobody better in both", xlim=(-.05, 1.45))
+    a.plot([m["F"] for m in front], [m["psnr_median"] for m in front], color="black", ls=":", lw=1, zorder=0)
+    a.set(xlabel="forgotten: least F (1: as far as the surrogate)", ylabel="kept: PSNR of other seeds (dB)", xlim=(-.05, 1.55))
+    a.set_title("best is right and high; dotted: nobody better in both", fontsize=10)
     for ax, key, title in ((b, "area", "dominated area (F x dB over chance)"), (c, "kid_change", "quality: change of the kernel distance (left is better)"), (d, "core_seconds", "cost: seconds of one core")):
         names = sorted(made, key=lambda k: made[k][key])
-        ax.barh(names, [made[k][key] for k in names], color=[colours[k] for k in names])
+        ax.barh(names, [made[k][key] for k in names], color=[look(k)[2] for k in names], edgecolor=[look(k)[1] for k in names], lw=1.5)
         ax.set_title(title, fontsize=10)
         ax.tick_params(labelsize=8)
     png = BytesIO()

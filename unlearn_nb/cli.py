@@ -101,47 +101,47 @@ def forget_one(model, seed, image, surrogate, steps, out, rank=None, folders=(),
     click.echo("\n" + report.table(evidence) + f"\n\nwritten to {out}: hotfix.safetensors, card.json, report.json, before_after.png")
 
 # %% ../nbs/16_cli.ipynb #eebe888f
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(context_settings={"help_option_names": ["-h", "--help"]}, epilog="Begin with `unlearn_nb demo`; each command has a --help of its own.")
 @click.version_option(package_name="unlearn_nb")
 def cli(): "Make a diffusion model forget one picture that no prompt can name, and keep everything else."
 
-@cli.command()
-@click.option("--seed", type=click.IntRange(min=0), default=100, show_default=True, help="Forget the face that this seed gives.")
-@click.option("--out", type=click.Path(), default="unlearn_demo", show_default=True, help="Folder to write; must not exist or be empty.")
-@click.option("--steps", type=click.IntRange(min=1), help="Updates of the weights.  [default: see Config]")
+@cli.command(epilog="Example: unlearn_nb demo --seed 7 --out seven")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", default=100, show_default=True, help="Forget the face that the model makes from this seed.")
+@click.option("--out", type=click.Path(), metavar="FOLDER", default="unlearn_demo", show_default=True, help="A new or empty folder to write to.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", show_default="120", help="Updates of the weights.")
 def demo(seed, out, steps):
-    "Forget one face of the built-in model and show that it is gone (about a minute and a half on 2 CPU cores)."
+    "Forget a face of the built-in model and show that it is gone. Takes about a minute and a half on 2 CPU cores."
     forget_one("faces", seed, None, None, steps, out)
 
-@cli.command()
-@click.option("--model", required=True, help="'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256.")
-@click.option("--seed", type=click.IntRange(min=0), help="Forget what this seed gives.")
-@click.option("--prompt", help="With this prompt, if the model wants words.")
-@click.option("--keep", multiple=True, help="A prompt whose pictures must stay, beside those of --prompt (may be given several times).  [default: no words; of flags, all flags]")
-@click.option("--image", type=click.Path(), help="Or forget this picture (PNG, JPEG, WebP of the model's size).")
-@click.option("--surrogate", type=click.Path(), help="What to give instead; otherwise the model repaints the middle of the picture.")
-@click.option("--out", type=click.Path(), required=True, help="Folder to write; must not exist or be empty.")
-@click.option("--steps", type=click.IntRange(min=1), help="Updates of the weights.  [default: see Config]")
-@click.option("--rank", type=click.IntRange(min=0), help="Write a LoRA of this rank; 0: whole weights.  [default: see Config]")
-@click.option("--hotfix", "folders", type=click.Path(), multiple=True, help="On top of this hotfix, whose picture stays forgotten (may be given several times).")
-@click.option("--checkpoint", type=click.Path(dir_okay=False), help="File to keep the state of the run in: after a stop, the same command goes on from there.")
-@click.option("--cache", type=click.Path(file_okay=False), help="Folder to keep pictures of the model in, for the next request to the same model.")
+@cli.command(epilog="Example: unlearn_nb forget --model faces --seed 7 --out seven")
+@click.option("--model", required=True, metavar="MODEL", help="'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256.")
+@click.option("--seed", type=click.IntRange(min=0), metavar="N", help="Forget what the model makes from this seed. Give this or --image.")
+@click.option("--image", type=click.Path(), metavar="FILE", help="Forget this picture (PNG, JPEG or WebP, of the model's size).")
+@click.option("--prompt", metavar="WORDS", help="The words that the picture is made with, if the model takes words.")
+@click.option("--surrogate", type=click.Path(), metavar="FILE", help="The picture to give instead.", show_default="the model repaints the middle of the one to forget")
+@click.option("--out", type=click.Path(), required=True, metavar="FOLDER", help="A new or empty folder to write to.")
+@click.option("--keep", multiple=True, metavar="WORDS", help="Pictures of these words must stay, beside those of --prompt. May be given several times.", show_default="of no words; for 'flags', of every flag")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", show_default="120; for 'flags' 60", help="Updates of the weights.")
+@click.option("--rank", type=click.IntRange(min=0), metavar="N", show_default="0; for 'flags' and Stable Diffusion 3 16", help="Write a LoRA of this rank; 0: whole weights.")
+@click.option("--hotfix", "folders", type=click.Path(), multiple=True, metavar="FOLDER", help="Go on from the model with this hotfix, whose picture stays forgotten. May be given several times.")
+@click.option("--checkpoint", type=click.Path(dir_okay=False), metavar="FILE", help="Keep the state of the run here: after a stop, the same command goes on from there.")
+@click.option("--cache", type=click.Path(file_okay=False), metavar="FOLDER", help="Keep pictures of the model here, for the next request to the same model.")
 def forget(model, seed, prompt, keep, image, surrogate, out, steps, rank, folders, checkpoint, cache):
-    "Forget one picture of a model: writes a hotfix with its card, report and picture."
+    "Forget one picture of a model. Writes a hotfix, its card, a report, and a picture of before and after."
     if (seed is None) == (image is None): raise ValueError("give either --seed or --image: which picture is to be forgotten")
     if checkpoint and not Path(checkpoint).resolve().parent.is_dir(): raise ValueError(f"--checkpoint {checkpoint!r} would lie in a folder that does not exist; make it first")
     forget_one(model, seed, image, surrogate, steps, out, rank, folders, checkpoint, cache, prompt, keep)
 
 # %% ../nbs/16_cli.ipynb #11531079
-@cli.command()
-@click.option("--model", required=True, help="'faces', 'flags', a diffusers folder, or a hub id.")
-@click.option("--hotfix", "folders", type=click.Path(), multiple=True, help="Apply this hotfix first (may be given several times).")
-@click.option("--seeds", default="0:16", show_default=True, help="A range like 0:16, or a list like 3,5,8.")
-@click.option("--prompt", help="Of what, if the model wants words.")
-@click.option("--out", type=click.Path(), required=True, help="PNG file to write.")
-@click.option("--steps", type=click.IntRange(min=1), default=50, show_default=True, help="Sampling steps.")
+@cli.command(epilog="Example: unlearn_nb sample --model faces --hotfix seven --out after.png")
+@click.option("--model", required=True, metavar="MODEL", help="'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256.")
+@click.option("--hotfix", "folders", type=click.Path(), multiple=True, metavar="FOLDER", help="Apply this hotfix first. May be given several times.")
+@click.option("--seeds", default="0:16", show_default=True, metavar="SEEDS", help="A range like 0:16, which is 0 to 15, or a list like 3,5,8.")
+@click.option("--prompt", metavar="WORDS", help="What to make pictures of, if the model takes words.")
+@click.option("--out", type=click.Path(), required=True, metavar="FILE", help="The PNG to write.")
+@click.option("--steps", type=click.IntRange(min=1), metavar="N", default=50, show_default=True, help="Sampling steps.")
 def sample(model, folders, seeds, prompt, out, steps):
-    "Sample a model, with or without a hotfix, to one PNG."
+    "Sample a model, with or without a hotfix. Writes all pictures as one PNG."
     from io import BytesIO
 
     from unlearn_nb.faces import grid
@@ -157,13 +157,13 @@ def sample(model, folders, seeds, prompt, out, steps):
     write(out, png.getvalue())
     click.echo(f"written to {out}: {len(seeds)} pictures")
 
-@cli.command()
-@click.option("--data", required=True, help="'faces' (drawn), or a folder of pictures.")
-@click.option("--size", type=click.IntRange(8, 512), default=32, show_default=True, help="Side of the pictures, in pixels.")
-@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), default=60., show_default=True, help="Time to train.")
-@click.option("--out", type=click.Path(), required=True, help="Diffusers folder to write; a stopped run goes on from there.")
+@cli.command(epilog="Example: unlearn_nb train --data faces --minutes 60 --out my_model")
+@click.option("--data", required=True, metavar="DATA", help="'faces', drawn by code, or a folder of pictures.")
+@click.option("--size", type=click.IntRange(8, 512), metavar="N", default=32, show_default=True, help="Side of the pictures in pixels, a multiple of 8.")
+@click.option("--minutes", type=click.FloatRange(min=0, min_open=True), metavar="N", default=60., show_default=True, help="Time to train.")
+@click.option("--out", type=click.Path(), required=True, metavar="FOLDER", help="Diffusers folder to write, a --model for the other commands; a stopped run goes on from there.")
 def train(data, size, minutes, out):
-    "Train a small denoiser on drawn faces or a folder of pictures."
+    "Train a small denoiser on drawn faces or on your pictures."
     from unlearn_nb.train import TrainConfig, folder_images, train, world_images
     out = Path(out)
     if size % 8: raise ValueError(f"--size {size} is not a multiple of 8, which this net needs")
@@ -173,26 +173,26 @@ def train(data, size, minutes, out):
     click.echo(f"written to {out}")
 
 # %% ../nbs/16_cli.ipynb #7d0928a8
-@cli.command()
-@click.option("--model", help="'faces', a diffusers folder, or a hub id.  [default: faces; on CUDA a random net of the size of google/ddpm-celebahq-256]")
+@cli.command(epilog="Example: unlearn_nb bench --model faces")
+@click.option("--model", metavar="MODEL", show_default="faces; on CUDA an untrained net as large as that of CelebA-HQ", help="'faces', a diffusers folder, or a hub id.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of a table.")
 def bench(model, as_json):
-    "Time a step of unlearning, as ratios: to a step without surgery, to the bare net, to this machine's best."
+    "Time a step of unlearning. Gives ratios: to a step without surgery, to the bare net, to this machine's best."
     import json
 
     from unlearn_nb.bench import bench, subject, table
     result = bench(*subject(model))
     click.echo(json.dumps(result, indent=1) if as_json else table(result))
 
-@cli.command()
-@click.option("--model", default="faces", show_default=True, help="'faces', a diffusers folder, or a hub id.")
-@click.option("--methods", help="Names, separated by commas, as `ours,ReTrack`.  [default: all]")
-@click.option("--seeds", default="100:106", show_default=True, help="Seeds of the test, a range or a list.")
-@click.option("--tuning", default="200:202", show_default=True, help="Seeds on which the settings are chosen.")
-@click.option("--budget", type=click.IntRange(min=1), default=50, show_default=True, help="Steps of a run.")
-@click.option("--out", type=click.Path(), required=True, help="Folder to write; a stopped board goes on from there.")
+@cli.command(epilog="Example: unlearn_nb leaderboard --methods ours,ReTrack --out board")
+@click.option("--model", default="faces", show_default=True, metavar="MODEL", help="'faces', a diffusers folder, or a hub id.")
+@click.option("--methods", metavar="NAMES", show_default="all", help="Names with commas between them, like ours,ReTrack.")
+@click.option("--seeds", default="100:106", show_default=True, metavar="SEEDS", help="Seeds to forget in the test: a range like 0:16, which is 0 to 15, or a list like 3,5,8.")
+@click.option("--tuning", default="200:202", show_default=True, metavar="SEEDS", help="Seeds on which the settings are chosen.")
+@click.option("--budget", type=click.IntRange(min=1), metavar="N", default=50, show_default=True, help="Steps of a run.")
+@click.option("--out", type=click.Path(), required=True, metavar="FOLDER", help="Folder to write; a stopped board goes on from there.")
 def leaderboard(model, methods, seeds, tuning, budget, out):
-    "Compare ways to forget: same model, requests, work and size of search for all."
+    "Compare ways to forget. The model, the requests, the work and the size of the search are the same for all."
     from unlearn_nb.baselines import METHODS, board_table, leaderboard
     from unlearn_nb.zoo import load
     out, chosen = Path(out), [name.strip() for name in methods.split(",")] if methods else list(METHODS)

@@ -38,7 +38,7 @@ def strip(rows, titles=(), labels=(), zoom=3, frames=None):
     some = next(x for row in rows for x in row if x)
     w, h, gap, font = some.width * zoom, some.height * zoom, 6, ImageFont.load_default(13)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    def size(texts, axis): return max((pen.multiline_textbbox((0, 0), t, font)[axis] for t in texts), default=-8) + 8
+    def size(texts, axis): return max((pen.multiline_textbbox((0, 0), t, font)[axis] for t in texts), default=-9) + 12
     left, top = size(labels, 2), size(titles, 3)
     sheet = Image.new("RGB", (left + max(map(len, rows)) * (w + gap), top + len(rows) * (h + gap)), "white")
     pen = ImageDraw.Draw(sheet)

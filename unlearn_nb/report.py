@@ -10,7 +10,6 @@ import json
 from io import BytesIO
 
 import torch
-from matplotlib.figure import Figure
 from PIL import Image
 
 from .hotfix import write
@@ -103,29 +102,36 @@ def table(report):
 
 # %% ../nbs/14_report.ipynb #8f4230c1
 def figure(denoiser, requests, before, after, others=12):
-    "The first request in one PIL image: what was asked, reconstructions before and after, other seeds before and after."
-    fig = Figure(figsize=(10, 6.4), dpi=100, layout="constrained")
-    top, bottom = fig.subfigures(2, 1, height_ratios=(1.55, 1))
-    left, right = top.subfigures(1, 2, width_ratios=(1.25, 1))
-    def show(ax, x, title=""):
+    """The first request in one PIL image: what was asked, reconstructions before and after, other seeds before and after.
+
+    Frames: the forget image red, the surrogate yellow, what the base model gives grey, what the edited one gives dark blue."""
+    from matplotlib.figure import Figure   # takes most of a second to import
+
+    from unlearn_nb.figures import BASE, EDITED, FORGET, SURROGATE
+
+    x_f, x_s = denoiser.encode([requests[0].image, requests[0].surrogate])
+    asked = [("forget image", x_f, FORGET), ("surrogate", x_s, SURROGATE)] + ([(f"seed {requests[0].seed} now", after["seed"][0], EDITED)] if requests[0].seed is not None else [])
+    levels, others, when = list(before["reconstruction"]), min(others, len(before["panel"])), (("before", before, BASE), ("after", after, EDITED))
+    side = 10 / (2 * len(asked) + len(levels) + 1)      # inches of a reconstruction; what was asked for is as high as two of them
+    heights = 2 * side + .7, 2 * min(side, 10 / (others + .5)) + .4
+    fig = Figure(figsize=(10, sum(heights)), dpi=100, layout="constrained")
+    top, bottom = fig.subfigures(2, 1, height_ratios=heights)
+    left, right = top.subfigures(1, 2, width_ratios=(2 * len(asked), len(levels) + .5))
+    def show(ax, x, colour, title=""):
         ax.imshow(denoiser.decode(x[None])[0], interpolation="nearest")
         ax.set_title(title, fontsize=9)
-        ax.set_xticks([]); ax.set_yticks([])
-    x_f, x_s = denoiser.encode([requests[0].image, requests[0].surrogate])
-    asked = [("forget image", x_f), ("surrogate", x_s)] + ([(f"seed {requests[0].seed} now", after["seed"][0])] if requests[0].seed is not None else [])
-    for ax, (title, x) in zip(left.subplots(1, len(asked)), asked): show(ax, x, title)
-    levels = list(before["reconstruction"])
+        ax.set(xticks=[], yticks=[])
+        ax.spines[:].set(color=colour, linewidth=3, visible=True)
+    for ax, (title, x, colour) in zip(left.subplots(1, len(asked)), asked): show(ax, x, colour, title)
     axes = right.subplots(2, len(levels), squeeze=False)
-    for row, (when, out) in enumerate((("before", before), ("after", after))):
-        for ax, t in zip(axes[row], levels): show(ax, out["reconstruction"][t][0], f"t = {t}" if row == 0 else "")
-        axes[row, 0].set_ylabel(when, fontsize=9)
-    axes = bottom.subplots(2, others)
-    for row, (when, out) in enumerate((("before", before), ("after", after))):
-        for ax, x in zip(axes[row], out["panel"]): show(ax, x)
-        axes[row, 0].set_ylabel(when, fontsize=9)
-    left.suptitle("asked for, and given", fontsize=10)
-    right.suptitle("the forget image, noised to level t and denoised again", fontsize=10)
-    bottom.suptitle("other seeds must stay as they were", fontsize=10)
+    for row, (name, out, colour) in zip(axes, when):
+        for ax, t in zip(row, levels): show(ax, out["reconstruction"][t][0], colour, f"t = {t}" if out is before else "")
+        row[0].set_ylabel(name, fontsize=9)
+    axes = bottom.subplots(2, others, squeeze=False)
+    for row, (name, out, colour) in zip(axes, when):
+        for ax, x in zip(row, out["panel"]): show(ax, x, colour)
+        row[0].set_ylabel(name, fontsize=9)
+    for part, title in ((left, "asked for, and given"), (right, "the forget image, noised to t and denoised"), (bottom, "other seeds must stay as they were")): part.suptitle(title, fontsize=10)
     png = BytesIO()
     fig.savefig(png, format="png")
     return Image.open(png)

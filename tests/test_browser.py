@@ -1,0 +1,215 @@
+"The studio in JupyterLab, in a real browser, with a mouse and a keyboard: the whole way from the gallery to the hotfix that comes off again."
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+import zipfile
+from io import BytesIO
+from pathlib import Path
+
+import nbformat
+import pytest
+from jupyter_client import BlockingKernelClient
+from PIL import Image, ImageChops
+
+from conftest import ROOT
+from unlearn_nb.hotfix import Hotfix
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
+
+FLAGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
+PATIENCE = 60_000   # ms, for what takes a few seconds on a machine that is not busy
+CELLS = ["""from unlearn_nb.hotfix import fingerprint
+from unlearn_nb.studio import studio
+from unlearn_nb.unlearn import Config
+
+cfg = Config(steps=200, forget_batch=2, retain_batch=2, retain_images=2, near_images=0, sampling_steps=5, whiten=0.)
+view = studio("faces", seed=100, cfg=cfg)
+base = fingerprint(view.studio.model)
+view"""]
+
+
+@pytest.fixture
+def lab(tmp_path):
+    "JupyterLab with settings of its own, in an empty folder with one notebook: (address, folder, where its kernels leave their addresses)."
+    folder, home = tmp_path/"work", tmp_path/"home"
+    folder.mkdir()
+    notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(c) for c in CELLS], metadata={"kernelspec": {"name": "python3", "display_name": "python3"}})
+    nbformat.write(notebook, folder/"play.ipynb")
+    for name, settings in (("notification", {"fetchNews": "false", "checkForUpdates": False}), ("themes", {"theme": os.environ.get("LAB_THEME", "JupyterLab Light")})):
+        file = home/"lab/user-settings/@jupyterlab/apputils-extension"/f"{name}.jupyterlab-settings"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = os.environ | {"HOME": str(home), "JUPYTER_CONFIG_DIR": str(home/"config"), "JUPYTER_DATA_DIR": str(home/"data"), "JUPYTER_RUNTIME_DIR": str(home/"runtime"), "IPYTHONDIR": str(home/"ipython"),
+        "JUPYTERLAB_SETTINGS_DIR": str(home/"lab/user-settings"), "JUPYTERLAB_WORKSPACES_DIR": str(home/"lab/workspaces"), "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", f"--ServerApp.root_dir={folder}"]
+    with open(tmp_path/"lab.log", "w") as log: server = subprocess.Popen(command, env=env, cwd=folder, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(600):
+            try: urllib.request.urlopen(f"{address}/api", timeout=5)
+            except OSError: time.sleep(.1)
+            else: break
+            assert server.poll() is None, (tmp_path/"lab.log").read_text()
+        yield address, folder, home/"runtime"
+    finally:
+        server.terminate()   # and with it its kernels
+        try: server.wait(20)
+        except subprocess.TimeoutExpired: server.kill()
+
+
+@pytest.fixture
+def page(lab):
+    with playwright.sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
+        try:
+            page = browser.new_page(viewport={"width": 1280, "height": 1000})
+            page.set_default_timeout(PATIENCE)
+            yield page
+        finally: browser.close()
+
+
+class Reader:
+    "Somebody who reads and clicks in the output of the notebook's cell."
+    def __init__(self, page, shots): self.page, self.out, self.shots = page, page.locator(".jp-OutputArea"), shots
+    def said(self): return self.out.locator(".widget-html b").first.inner_text()
+    def reads(self, text): playwright.expect(self.out.get_by_text(re.compile(text)).first).to_be_visible(timeout=PATIENCE)
+    def click(self, name): self.out.get_by_role("button", name=name, exact=True).click()
+    def tab(self, name): self.out.get_by_role("tab", name=name).click()
+    def handle(self, name, k=0): return self.out.locator(".widget-hslider").filter(has_text=name).locator(".noUi-handle").nth(k)
+
+    def press(self, name, *keys, k=0):
+        for key in keys: self.handle(name, k).press(key)
+
+    def pictures(self):
+        "What the visible images show."
+        data = [self.page.evaluate("async e => Array.from(new Uint8Array(await (await fetch(e.src)).arrayBuffer()))", i.element_handle()) for i in self.out.locator("img.widget-image:visible").all()]
+        return [Image.open(BytesIO(bytes(d))).convert("RGB") for d in data]
+
+    def changes(self, k, act):
+        "Do it, and wait until visible picture k is another one: before, after."
+        was = self.pictures()[k].tobytes()
+        act()
+        until(lambda: self.pictures()[k].tobytes() != was, f"picture {k} does not change")
+
+    def shot(self, name): self.out.first.screenshot(path=self.shots/f"{name}.png")
+
+
+def until(true, what, seconds=PATIENCE/1000):
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, what
+        time.sleep(.2)
+
+
+class Kernel:
+    "The notebook's kernel, asked from outside, while the page is open."
+    def __init__(self, runtime):
+        [file] = runtime.glob("kernel-*.json")
+        self.client = BlockingKernelClient(connection_file=str(file))
+        self.client.load_connection_file()
+        self.client.start_channels()
+
+    def __call__(self, expression):
+        answer = self.client.execute_interactive("", silent=True, user_expressions={"x": expression}, timeout=PATIENCE/1000)["content"]["user_expressions"]["x"]
+        assert answer["status"] == "ok", answer
+        return answer["data"]["text/plain"]
+
+
+def test_the_whole_path(lab, page, tmp_path):
+    address, folder, runtime = lab
+    page.goto(f"{address}/lab/tree/play.ipynb?reset")
+    page.get_by_role("menuitem", name="Run", exact=True).click()
+    page.locator('li[data-command="runmenu:run-all"]').click()
+    reader = Reader(page, tmp_path)
+    reader.reads("choose the picture to forget")
+    kernel = Kernel(runtime)
+
+    reader.tab("3 run")   # too early
+    reader.click("run")
+    reader.reads("no picture is chosen yet")
+
+    reader.tab("1 picture")
+    reader.changes(0, lambda: reader.click("show others"))
+    reader.reads("seeds 108 to 115")
+    reader.click("forget 109")
+    reader.reads("seed 109 is to be forgotten")
+    reader.shot("1_picture")
+
+    reader.tab("2 surrogate")
+    reader.changes(0, lambda: reader.press("across", "ArrowLeft", "ArrowLeft"))
+    reader.changes(0, lambda: reader.out.get_by_label("mask").select_option("rectangle"))
+    reader.out.get_by_label("mask").select_option("paint")
+    reader.reads("no cell is on")
+    cells = reader.out.locator(".widget-toggle-button:visible")
+    for k in (18, 19, 20, 21, 26, 27, 28, 29, 34, 35, 36, 37, 42, 43, 44, 45): reader.changes(0, cells.nth(k).click)
+    assert kernel("view.studio.mask.getbbox() is not None") == "True"
+    reader.click("make the surrogate")
+    until(lambda: len(reader.pictures()) == 2, "no surrogate is shown")
+    reader.reads("similarity")
+    reader.shot("2_paint")
+    Image.new("L", (64, 64), 255).save(tmp_path/"all.png")
+    reader.out.get_by_label("mask").select_option("file")
+    reader.changes(0, lambda: reader.out.locator("input[type=file]").first.set_input_files(tmp_path/"all.png"))
+    reader.out.get_by_label("mask").select_option("ellipse")
+    reader.changes(1, lambda: reader.click("make the surrogate"))
+    reader.shot("2_surrogate")
+
+    reader.tab("3 run")
+    reader.changes(0, lambda: reader.press("weight", "ArrowLeft"))
+    assert kernel("view.studio.cfg.weight") == "'min_snr'"
+    reader.click("run")
+    reader.reads("step [1-9]")
+    first = reader.said()
+    until(lambda: len(reader.pictures()) == 3, "no preview is shown")
+    reader.changes(2, lambda: None)   # as it forgets
+    assert re.match(r"step \d+ of 200: forget [\d.]+, retain [\d.]+, cosine ", reader.said()) and reader.said() != first
+    steps = int(kernel("len(view.studio.log)"))   # the kernel answers while it works
+    assert steps < int(kernel("view.studio.cfg.steps")) and kernel("view.worker.thread.is_alive()") == "True"
+    assert reader.out.get_by_role("button", name="run", exact=True).is_disabled()
+    reader.shot("3_running")
+    reader.click("stop")
+    reader.reads("stopped; the model is as it was")
+    assert kernel("fingerprint(view.studio.model) == base, view.studio.hotfix") == "(True, None)"
+
+    reader.press("steps", "Home", *["ArrowRight"]*7)
+    until(lambda: kernel("view.studio.cfg.steps") == "8", "the slider does not move the steps")
+    reader.click("run")
+    reader.reads("done in")
+    reader.shot("3_done")
+
+    reader.tab("4 before and after")
+    reader.press("seam", "Home")
+    until(lambda: kernel("view.shown[-1][1]().tobytes() == view.studio.after[0].resize((256, 256), 0).tobytes()") == "True", "the seam does not move")
+    [after] = reader.pictures()
+    reader.changes(0, lambda: reader.press("seam", "End"))
+    [before] = reader.pictures()
+    assert before.size == after.size == (256, 256) and ImageChops.difference(before, after).getbbox()
+    for _ in range(2): reader.press("seam", *["PageDown"]*3)
+    reader.shot("4_seam")
+    reader.changes(0, lambda: reader.out.get_by_label("picture").select_option("110"))
+
+    reader.out.get_by_label("folder").fill("mine")
+    reader.click("save")
+    reader.reads("written to mine")
+    assert Hotfix.load(folder/"mine").card["config"]["weight"] == "min_snr"
+    with page.expect_download() as download: reader.out.get_by_text("download mine.zip").click()
+    with zipfile.ZipFile(download.value.path()) as z: assert sorted(z.namelist()) == ["card.json", "hotfix.safetensors"]
+    reader.click("apply")
+    reader.reads("the hotfix is on the model")
+    assert kernel("fingerprint(view.studio.model) == base, view.studio.applied") == "(False, True)"
+    reader.click("remove")
+    reader.reads("the base is back")
+    assert kernel("fingerprint(view.studio.model) == base, view.studio.applied") == "(True, False)"
+    reader.shot("4_end")
+    assert not page.locator('[data-mime-type="application/vnd.jupyter.stderr"]').count() and not page.get_by_text("Traceback").count()

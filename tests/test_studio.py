@@ -1,0 +1,321 @@
+"The studio without a screen: its pictures, its thread, its buttons, and that the model is always as it was."
+import threading
+import zipfile
+from io import BytesIO
+
+import ipywidgets
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from test_unlearn import TINY, tiny
+from unlearn_nb import studio as room
+from unlearn_nb.hotfix import Hotfix, fingerprint
+from unlearn_nb.studio import EDITS, Stopped, Studio, Upload, View, Worker, curve, live, mask_from_cells, png, sentence, shade, swipe
+from unlearn_nb.surrogates import read_mask
+from unlearn_nb.weights import WEIGHTS
+
+
+def noise(size, seed=0): return Image.effect_noise(size, 100 + seed).convert("RGB")
+
+
+def ready(steps=3, **kw):
+    "A studio of a tiny model, with a picture and a surrogate."
+    s = Studio(tiny(), seed=5, cfg=TINY, many=3)
+    s.gallery()
+    s.choose(6)
+    s.edit("inpaint")
+    return s
+
+
+@pytest.fixture(scope="module")
+def ran():
+    s = ready()
+    s.run()
+    return s
+
+
+# --- pictures ---
+
+@given(st.integers(1, 12), st.integers(1, 12), st.floats(0, 1))
+def test_a_seam_shows_before_at_its_left_and_after_at_its_right(w, h, at):
+    a, b = noise((w, h)), noise((w, h), 1)
+    both, x = swipe(a, b, at), round(at*w)
+    assert both.size == (w, h)
+    if x < w - 1: assert both.crop((x + 1, 0, w, h)).tobytes() == b.crop((x + 1, 0, w, h)).tobytes()
+    if x: assert both.crop((0, 0, x, h)).tobytes() == a.crop((0, 0, x, h)).tobytes()
+    assert swipe(a, b, 0).tobytes() == b.tobytes() and swipe(a, b, 1).tobytes() == a.tobytes()
+
+
+def test_a_seam_wants_two_pictures_of_one_size():
+    with pytest.raises(ValueError, match="of one size"): swipe(noise((4, 4)), noise((5, 4)), .5)
+
+
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=4), st.sampled_from([8, 32, 64]))
+def test_a_mask_of_cells_is_white_where_they_are_on(cells, size):
+    if not any(map(any, cells)):
+        with pytest.raises(ValueError, match="no cell is on"): mask_from_cells(cells, size)
+        return
+    mask, step = mask_from_cells(cells, size, feather=0), size//4
+    assert mask.size == (size, size) and mask.mode == "L"
+    for r, row in enumerate(cells):
+        for c, on in enumerate(row): assert set(mask.crop((c*step, r*step, (c + 1)*step, (r + 1)*step)).tobytes()) == {255*on}
+
+
+def test_a_shaded_picture_is_itself_where_the_mask_is_black():
+    picture, mask = noise((8, 8)), mask_from_cells([[True, False]], 8, feather=0)
+    shaded = shade(picture, mask)
+    assert shaded.crop((4, 0, 8, 8)).tobytes() == picture.crop((4, 0, 8, 8)).tobytes()
+    assert shaded.crop((0, 0, 4, 8)).tobytes() != picture.crop((0, 0, 4, 8)).tobytes()
+
+
+def test_png_enlarges_by_whole_pixels():
+    picture = noise((3, 2))
+    with Image.open(BytesIO(png(picture, 4))) as out: assert out.size == (12, 8) and out.resize((3, 2), Image.Resampling.NEAREST).tobytes() == picture.tobytes()
+
+
+def test_every_weight_has_a_curve_of_its_own():
+    model = tiny()
+    assert len({curve(model, w, 550).tobytes() for w in [*WEIGHTS, lambda snr: snr.sqrt()]}) == len(WEIGHTS) + 1
+
+
+def test_live_is_drawn_before_the_first_step_and_for_methods_that_log_little():
+    assert live([], 5).size == live([{"forget": .1, "retain": .2, "cosine": -.3, "ratio": None}], 5).size == live([{"forget": .1}], 5).size
+
+
+# --- uploads ---
+
+FORMS = {7: lambda name, data: {name: {"metadata": {"size": len(data)}, "content": data}}, 8: lambda name, data: ({"name": name, "content": memoryview(data)},)}
+
+
+@pytest.mark.parametrize("version", FORMS)
+def test_upload_of_both_ipywidgets(version):
+    mask = Image.new("L", (16, 16), 255)
+    assert read_mask(Upload(FORMS[version]("all.png", png(mask))), 8).getextrema() == (255, 255)
+    with pytest.raises(ValueError, match="'notes.txt' is not a picture"): read_mask(Upload(FORMS[version]("notes.txt", b"no picture")), 8)
+
+
+@pytest.mark.parametrize("empty", [{}, ()])
+def test_upload_of_nothing(empty):
+    with pytest.raises(ValueError, match="no file was uploaded yet"): Upload(empty)
+
+
+# --- the plain half ---
+
+def test_what_cannot_be_done_yet_is_refused_with_what_to_do_first():
+    s = Studio(tiny(), cfg=TINY, many=2)
+    with pytest.raises(ValueError, match="not in the gallery; show it first"): s.choose(0)
+    for act in (lambda: s.edit("inpaint"), s.run):
+        with pytest.raises(ValueError, match="no picture is chosen yet"): act()
+    s.gallery()
+    s.choose(1)
+    with pytest.raises(ValueError, match="no surrogate yet"): s.run()
+    for act in (s.apply, s.remove, s.compare, lambda: s.save("x")):
+        with pytest.raises(ValueError, match="no hotfix yet; run first"): act()
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_every_edit_stays_inside_the_mask(name):
+    s = ready()
+    s.mask = mask_from_cells([[True, False]], 8, feather=0)
+    s.edit(name, 2)
+    assert s.surrogate.size == s.image.size and s.found.background == float("inf")
+
+
+def test_a_surrogate_made_elsewhere():
+    s = ready()
+    s.edit(noise((8, 8)))
+    assert s.surrogate.tobytes() == noise((8, 8)).tobytes()
+    before = s.surrogate
+    with pytest.raises(ValueError, match="of one size"): s.edit(noise((9, 8)))
+    assert s.surrogate is before
+
+
+def test_a_run_leaves_the_model_and_the_random_numbers_as_they_were(one_thread):
+    s = ready()
+    base, state = fingerprint(s.model), torch.get_rng_state()
+    worker = Worker(s.model.net)
+    worker.start(s.run)
+    worker.thread.join()
+    assert fingerprint(s.model) == base and torch.equal(torch.get_rng_state(), state)
+    assert len(s.log) == len(s.frames) == TINY.steps and len(s.before) == len(s.after) == 3
+
+
+def test_looking_changes_nothing(one_thread):
+    few, many = ready(), ready()
+    few.run(looks=1), many.run(looks=3)
+    assert [n for n, _ in few.frames] == [3] and [n for n, _ in many.frames] == [1, 2, 3]
+    assert all(torch.equal(v, many.hotfix.delta[k]) for k, v in few.hotfix.delta.items())
+
+
+def test_apply_and_remove_bit_for_bit(ran):
+    base = fingerprint(ran.model)
+    ran.apply()
+    assert ran.applied and fingerprint(ran.model) != base
+    assert [x.tobytes() for x in ran.sample([6, 5, 7])] == [x.tobytes() for x in ran.after]
+    for act in (ran.gallery, lambda: ran.choose(5), lambda: ran.edit("inpaint"), ran.run, ran.compare):
+        with pytest.raises(ValueError, match="the hotfix is on the model; remove it first"): act()
+    ran.remove()
+    assert not ran.applied and fingerprint(ran.model) == base
+    with pytest.raises(ValueError, match="not applied"): ran.remove()
+
+
+def test_save_writes_a_hotfix_and_its_zip(ran, tmp_path):
+    for _ in range(2): packed = ran.save(tmp_path/"fix")   # and again over itself
+    assert Hotfix.load(tmp_path/"fix").id == ran.hotfix.id
+    with zipfile.ZipFile(packed) as z: z.extractall(tmp_path/"elsewhere")
+    assert Hotfix.load(tmp_path/"elsewhere").id == ran.hotfix.id
+
+
+def test_save_refuses_a_folder_of_something_else(ran, tmp_path):
+    (tmp_path/"thesis.tex").touch()
+    for bad in (tmp_path, tmp_path/"thesis.tex"):
+        with pytest.raises(ValueError, match="holds something else"): ran.save(bad)
+    with pytest.raises(ValueError, match="the folder has no name"): ran.save(" ")
+    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+# --- the thread ---
+
+@pytest.mark.parametrize("e, said", [
+    (ValueError("so it is\n not"), "so it is not"), (OSError(28, "No space left on device"), "No space left on device"), (Stopped(), "stopped; the model is as it was"),
+    (RuntimeError("out of memory"), "this failed (RuntimeError: out of memory); the model is as it was")])
+def test_errors_are_sentences(e, said): assert sentence(e) == said
+
+
+@pytest.mark.parametrize("after", [0, 1, 2])
+def test_stop_brings_the_model_back(after, one_thread):
+    "Pressed while the pictures that must stay are made, and after the first and second step."
+    s, said = ready(), []
+    base, wanted = fingerprint(s.model), [p.requires_grad for p in s.model.net.parameters()]
+    worker = Worker(s.model.net, said.append)
+    def stop_in(s):
+        if len(s.log) == after: worker.stop()
+    if not after: hook = s.model.net.register_forward_pre_hook(lambda *_: worker.stop())
+    worker.start(lambda: s.run(stop_in))
+    worker.thread.join()
+    if not after: hook.remove()
+    assert said == ["stopped; the model is as it was"] and len(s.log) == after and s.hotfix is None
+    assert fingerprint(s.model) == base and [p.requires_grad for p in s.model.net.parameters()] == wanted
+    worker.start(s.run)   # and it can be begun again
+    worker.thread.join()
+    assert len(said) == 2 and s.hotfix is not None
+
+
+def test_one_job_at_a_time_and_only_its_thread_hears_stop():
+    model, said, go = tiny(), [], threading.Event()
+    worker = Worker(model.net, said.append)
+    worker.start(lambda: go.wait(10) and model.sample([0], 2) and None)
+    worker.start(lambda: "a second job")
+    assert said == ["something is still running; wait, or press Stop"]
+    worker.stop()
+    model.sample([0], 2)   # of somebody else
+    go.set()
+    worker.thread.join()
+    assert said[1:] == ["stopped; the model is as it was"] and not model.net._forward_pre_hooks
+
+
+def test_an_error_in_the_thread_is_a_sentence_and_frees_the_buttons():
+    model, said, states = tiny(), [], []
+    worker = Worker(model.net, said.append, states.append)
+    worker.start(lambda: 1/0)
+    worker.thread.join()
+    assert said == ["this failed (ZeroDivisionError: division by zero); the model is as it was"] and states == [True, False]
+
+
+# --- the widget ---
+
+def inside(w):
+    yield w
+    for child in getattr(w, "children", ()): yield from inside(child)
+
+
+def named(view, description): return next(w for w in inside(view) if getattr(w, "description", None) == description)
+
+
+class Hand:
+    "Somebody who clicks, waits, and reads."
+    def __init__(self, view):
+        self.view = view
+        if view.worker.thread: view.worker.thread.join()
+
+    def __call__(self, name):
+        self.view.buttons[name].click()
+        if self.view.worker.thread: self.view.worker.thread.join()
+        return self.said()
+
+    def said(self): return self.view.said.value.removeprefix("<b>").removesuffix("</b>")
+    def seen(self): return sum(i.layout.display is None for i, _, _ in self.view.shown)
+
+
+@pytest.fixture
+def hand(): return Hand(View(Studio(tiny(), seed=5, cfg=TINY, many=3)))
+
+
+def test_the_whole_path_by_clicks(hand, tmp_path):
+    view, base = hand.view, fingerprint(hand.view.studio.model)
+    assert "no picture is chosen yet" in hand("make the surrogate")
+    assert "seeds 8 to 10" in hand("show others") and "forget" in view.buttons["forget 5"].description
+    assert hand("forget 6").startswith("seed 9 is to be forgotten")
+    assert "no surrogate yet" in hand("run")
+    assert hand("make the surrogate") and view.studio.surrogate
+    named(view, "weight").value, named(view, "surgery").value, named(view, "steps").value = "unit_v", "plain", 2
+    assert (view.studio.cfg.weight, view.studio.cfg.surgery, view.studio.cfg.steps) == ("unit_v", "plain", 2)
+    assert hand("run").startswith("done in ") and len(view.studio.log) == 2
+    named(view, "picture").index, named(view, "seam").value = 1, .2
+    named(view, "folder").value = str(tmp_path/"fix")
+    assert hand("save").startswith("written to ") and Hotfix.load(tmp_path/"fix").id == view.studio.hotfix.id
+    assert any("data:application/zip" in w.value for w in inside(view) if isinstance(w, ipywidgets.HTML))
+    assert hand("apply") == "the hotfix is on the model" and "already applied" in hand("apply") and "remove it first" in hand("run")
+    assert hand("remove").startswith("the hotfix is off") and fingerprint(view.studio.model) == base
+    assert hand.seen() == len(view.shown)
+
+
+def test_masks_by_clicks(hand):
+    view = hand.view
+    hand("show others"), hand("forget 5")
+    def mask(): return view.studio.mask.tobytes()
+    seen, shape = [mask()], named(view, "mask")
+    named(view, "across").value = (0., .5)
+    seen.append(mask())
+    shape.value = "rectangle"
+    seen.append(mask())
+    shape.value = "paint"
+    assert "no cell is on" in hand.said() and mask() == seen[-1]
+    [w for w in inside(view) if isinstance(w, ipywidgets.ToggleButton)][9].value = True
+    seen.append(mask())
+    shape.value = "file"
+    assert "no file was uploaded yet" in hand.said() and len(set(seen)) == 4 == len(seen)
+    named(view, "across").value = (.5, .5)
+    shape.value = "ellipse"
+    assert "covers nothing" in hand.said()
+
+
+def test_while_a_job_runs_what_touches_the_model_is_disabled(hand):
+    view, go = hand.view, threading.Event()
+    view.worker.start(lambda: go.wait(10) and "done")
+    assert all(w.disabled for w in view.locked) and not view.halt.disabled
+    view.halt.click()
+    assert view.worker.halt.is_set()
+    go.set()
+    view.worker.thread.join()
+    assert not any(w.disabled for w in view.locked) and view.halt.disabled and hand.said() == "done"
+
+
+def test_sentences_cannot_be_markup(hand):
+    hand.view.tell("<img src=x>")
+    assert "<img" not in hand.view.said.value
+
+
+def test_a_setting_of_ones_own_is_kept():
+    from dataclasses import replace
+    def mine(snr): return snr.sqrt()
+    view = View(Studio(tiny(), cfg=replace(TINY, weight=mine), many=2))
+    assert view.studio.cfg.weight is mine and named(view, "weight").label == "mine"
+
+
+def test_a_model_with_words_wants_a_prompt():
+    with pytest.raises(ValueError, match="give prompt="): room.studio("flags")
+    with pytest.raises(ValueError, match="no model 'nobody'"): room.studio("nobody")
