@@ -11,6 +11,7 @@ import sys
 from configparser import ConfigParser
 from importlib.metadata import distribution, version
 from pathlib import Path
+from zipfile import ZipFile
 
 import nbformat
 import pytest
@@ -28,6 +29,7 @@ SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
 ON_COLAB = [*(Requirement(r).name for r in SETTINGS['DEFAULT']['requirements'].split()), 'ipykernel', 'pip']
 ALWAYS = ['method_on_one_page', 'tutorials/01_forget_a_face']
 NAMES = sorted(p.relative_to(NBS).with_suffix('').as_posix() for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
+TO_DOWNLOAD = {'tutorials/01_forget_a_face': 'hotfix_seed_103.zip'}
 LOOK = '''import json, os, sys
 import torch, unlearn_nb
 print(json.dumps({'package': unlearn_nb.__file__, 'torch': [torch.__version__, torch.__file__], 'path': [os.path.realpath(p) for p in sys.path]}))'''
@@ -87,3 +89,5 @@ def test_notebook_as_colab_runs_it(name, machine, venv, wheel, tmp_path):
     assert seen['package'] == str(site/'unlearn_nb/__init__.py')
     assert seen['torch'] == [version('torch'), str(machine/'packages/torch/__init__.py')]
     assert not [p for p in seen['path'] if Path(p).is_relative_to(ROOT)]
+    if name in TO_DOWNLOAD:
+        with ZipFile(folder/TO_DOWNLOAD[name]) as file: assert {'hotfix.safetensors', 'card.json'} <= set(file.namelist())

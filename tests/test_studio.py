@@ -120,7 +120,7 @@ def test_what_cannot_be_done_yet_is_refused_with_what_to_do_first():
 def test_every_edit_stays_inside_the_mask(name):
     s = ready()
     s.mask = mask_from_cells([[True, False]], 8, feather=0)
-    s.edit(name, 2)
+    s.edit(name, 1)
     assert s.surrogate.size == s.image.size and s.found.background == float("inf")
 
 

@@ -116,7 +116,7 @@ EDITS = {
     "inpaint": lambda s, seed: inpaint(s.model, s.image, mask=s.mask, seed=seed, steps=s.cfg.sampling_steps),
     "sdedit": lambda s, seed: sdedit(s.model, s.image, mask=s.mask, seed=seed, t=s.model.T * 6 // 10, steps=s.cfg.sampling_steps),
     "neighbour": lambda s, seed: neighbour(s.model, s.image, mask=s.mask, seed=seed, among=s.pictures),
-    "compose": lambda s, seed: compose(s.model, s.image, mask=s.mask, source=s.pictures[seed % len(s.pictures)])}
+    "compose": lambda s, seed: compose(s.model, s.image, mask=s.mask, source=(others := [x for x in s.pictures if x is not s.image])[seed % len(others)])}
 
 # %% ../nbs/15_studio.ipynb #17ca9b9c
 NEEDS = {"image": "no picture is chosen yet; choose the one to forget", "surrogate": "there is no surrogate yet; make one first", "hotfix": "there is no hotfix yet; run first"}
