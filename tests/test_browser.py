@@ -129,6 +129,8 @@ class Kernel:
 def test_the_whole_path(lab, page, tmp_path):
     address, folder, runtime = lab
     page.goto(f"{address}/lab/tree/play.ipynb?reset")
+    page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()
+    page.locator(".jp-Notebook .jp-Cell").first.click()
     page.get_by_role("menuitem", name="Run", exact=True).click()
     page.locator('li[data-command="runmenu:run-all"]').click()
     reader = Reader(page, tmp_path)

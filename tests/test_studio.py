@@ -1,4 +1,5 @@
 "The studio without a screen: its pictures, its thread, its buttons, and that the model is always as it was."
+import random
 import threading
 import zipfile
 from io import BytesIO
@@ -18,7 +19,7 @@ from unlearn_nb.surrogates import read_mask
 from unlearn_nb.weights import WEIGHTS
 
 
-def noise(size, seed=0): return Image.effect_noise(size, 100 + seed).convert("RGB")
+def noise(size, seed=0): return Image.frombytes("RGB", size, random.Random(seed).randbytes(3*size[0]*size[1]))
 
 
 def ready(steps=3, **kw):

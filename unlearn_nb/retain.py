@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, autograd
 from torch.nn import functional as F
 
-from .denoiser import generators, randn
+from .denoiser import at_once, generators, randn
 from .weights import unit_v
 
 # %% ../nbs/07_retain.ipynb #91f1d89f
@@ -49,10 +49,10 @@ def draw(retain, n, g):
 def generate(denoiser, seeds, steps=25, batch=64, prompt=None):
     """Follow the model's own sampling path (DDIM) once per seed, keeping all it passes through, with its own beliefs as goals. prompt: one for all seeds, or one for each.
 
-    The states lie on the CPU, those of a net in half precision in float16. Of a model with words fewer than `batch` large pictures are made at a time."""
+    The states lie on the CPU, those of a net in half precision in float16. Fewer than `batch` large pictures are made at a time."""
     times, gens, parts = denoiser.times(denoiser.T - 1, steps).tolist(), generators(list(seeds)), []
     c, half = denoiser.rows(prompt, len(gens)), denoiser.dtype in (torch.bfloat16, torch.float16)
-    if c is not None: batch = min(batch, max(1, 2 ** 17 // (denoiser.shape[1] * denoiser.shape[2])))
+    batch = at_once(denoiser, batch)
     def kept(x): return x.to("cpu", torch.float16 if half else x.dtype)
     for k in range(0, len(gens), batch):
         x_t, words, states, beliefs = randn(gens[k:k + batch], denoiser.shape, denoiser.device), None if c is None else c[k:k + batch], [], []

@@ -453,7 +453,7 @@ def after_tab(view):
     def large(x): return x.resize((x.width * zoom, x.height * zoom), Image.Resampling.NEAREST)
     def both():
         names = [f"{seed}{' (forgotten)' * (seed == s.seed)}" for seed in ([s.seed] + [v for v in s.seeds if v != s.seed] if s.after else [])]
-        if list(which.options) != names: which.options = names
+        if list(which.options) != names: which.options, which.index = names, 0 if names else None
         return swipe(large(s.before[which.index]), large(s.after[which.index]), at.value) if names else None
     picture = view.show(both)
     for w in (which, at): view.slot(w, lambda: view.draw(picture))

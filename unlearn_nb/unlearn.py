@@ -79,7 +79,7 @@ def preset(f):
 @preset
 def t4(cls, **kw):
     "For a model of 256 pixels and 114 M weights, such as google/ddpm-celebahq-256, in the 15 GB of a T4."
-    return cls(**dict(forget_batch=4, retain_batch=4, retain_images=16, near_images=0, lr=3e-5, whiten=0.) | kw)
+    return cls(**dict(forget_batch=4, retain_batch=4, micro_batch=2, retain_images=16, near_images=0, lr=3e-5, whiten=0.) | kw)
 
 @preset
 def sd3(cls, **kw):
