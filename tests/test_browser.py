@@ -30,7 +30,7 @@ CELLS = ["""from unlearn_nb.hotfix import fingerprint
 from unlearn_nb.studio import studio
 from unlearn_nb.unlearn import Config
 
-cfg = Config(steps=200, forget_batch=2, retain_batch=2, retain_images=2, near_images=0, sampling_steps=5, whiten=0.)
+cfg = Config(steps=120, forget_batch=2, retain_batch=2, retain_images=2, near_images=0, sampling_steps=5, whiten=0., lr=1e-3)
 view = studio("faces", seed=100, cfg=cfg)
 base = fingerprint(view.studio.model)
 view"""]
@@ -84,7 +84,8 @@ class Reader:
     def __init__(self, page, shots): self.page, self.out, self.shots = page, page.locator(".jp-OutputArea"), shots
     def said(self): return self.out.locator(".widget-html b").first.inner_text()
     def reads(self, text): playwright.expect(self.out.get_by_text(re.compile(text)).first).to_be_visible(timeout=PATIENCE)
-    def click(self, name): self.out.get_by_role("button", name=name, exact=True).click()
+    def button(self, name): return self.out.locator("button:visible").filter(has_text=re.compile(rf"^\s*{re.escape(name)}\s*$"))   # before it stands its icon
+    def click(self, name): self.button(name).click()
     def tab(self, name): self.out.get_by_role("tab", name=name).click()
     def handle(self, name, k=0): return self.out.locator(".widget-hslider").filter(has_text=name).locator(".noUi-handle").nth(k)
 
@@ -150,20 +151,21 @@ def test_the_whole_path(lab, page, tmp_path):
 
     reader.tab("2 surrogate")
     reader.changes(0, lambda: reader.press("across", "ArrowLeft", "ArrowLeft"))
-    reader.changes(0, lambda: reader.out.get_by_label("mask").select_option("rectangle"))
-    reader.out.get_by_label("mask").select_option("paint")
+    reader.changes(0, lambda: reader.out.get_by_label("mask", exact=True).select_option("rectangle"))
+    reader.out.get_by_label("mask", exact=True).select_option("paint")
     reader.reads("no cell is on")
     cells = reader.out.locator(".widget-toggle-button:visible")
-    for k in (18, 19, 20, 21, 26, 27, 28, 29, 34, 35, 36, 37, 42, 43, 44, 45): reader.changes(0, cells.nth(k).click)
+    for k in (18, 19, 20, 21, 27, 28): reader.changes(0, cells.nth(k).click)
     assert kernel("view.studio.mask.getbbox() is not None") == "True"
     reader.click("make the surrogate")
     until(lambda: len(reader.pictures()) == 2, "no surrogate is shown")
     reader.reads("similarity")
     reader.shot("2_paint")
     Image.new("L", (64, 64), 255).save(tmp_path/"all.png")
-    reader.out.get_by_label("mask").select_option("file")
-    reader.changes(0, lambda: reader.out.locator("input[type=file]").first.set_input_files(tmp_path/"all.png"))
-    reader.out.get_by_label("mask").select_option("ellipse")
+    reader.out.get_by_label("mask", exact=True).select_option("file")
+    with page.expect_file_chooser() as chooser: reader.click("painted file (0)")
+    reader.changes(0, lambda: chooser.value.set_files(tmp_path/"all.png"))
+    reader.out.get_by_label("mask", exact=True).select_option("ellipse")
     reader.changes(1, lambda: reader.click("make the surrogate"))
     reader.shot("2_surrogate")
 
@@ -175,10 +177,10 @@ def test_the_whole_path(lab, page, tmp_path):
     first = reader.said()
     until(lambda: len(reader.pictures()) == 3, "no preview is shown")
     reader.changes(2, lambda: None)   # as it forgets
-    assert re.match(r"step \d+ of 200: forget [\d.]+, retain [\d.]+, cosine ", reader.said()) and reader.said() != first
+    assert re.match(r"step \d+ of 120: forget [\d.]+, retain [\d.]+, cosine ", reader.said()) and reader.said() != first
     steps = int(kernel("len(view.studio.log)"))   # the kernel answers while it works
     assert steps < int(kernel("view.studio.cfg.steps")) and kernel("view.worker.thread.is_alive()") == "True"
-    assert reader.out.get_by_role("button", name="run", exact=True).is_disabled()
+    assert reader.button("run").is_disabled()
     reader.shot("3_running")
     reader.click("stop")
     reader.reads("stopped; the model is as it was")
@@ -199,9 +201,9 @@ def test_the_whole_path(lab, page, tmp_path):
     assert before.size == after.size == (256, 256) and ImageChops.difference(before, after).getbbox()
     for _ in range(2): reader.press("seam", *["PageDown"]*3)
     reader.shot("4_seam")
-    reader.changes(0, lambda: reader.out.get_by_label("picture").select_option("110"))
+    reader.changes(0, lambda: reader.out.get_by_label("picture", exact=True).select_option("110"))
 
-    reader.out.get_by_label("folder").fill("mine")
+    reader.out.get_by_label("folder", exact=True).fill("mine")
     reader.click("save")
     reader.reads("written to mine")
     assert Hotfix.load(folder/"mine").card["config"]["weight"] == "min_snr"

@@ -34,7 +34,7 @@ def strip(rows, titles=(), labels=(), zoom=3, frames=None):
     """Rows of pictures as one PIL picture, each pixel zoom pixels wide.
 
     rows: lists of PIL pictures or tensors [B, 3, H, W] in [-1, 1], all of one size; None leaves a gap. titles: over the columns. labels: before the rows. frames: {(row, column): colour}."""
-    rows = [[None if x is None else picture(x) for x in row] for row in rows]
+    rows, titles, labels = [[None if x is None else picture(x) for x in row] for row in rows], [*map(str, titles)], [*map(str, labels)]
     some = next(x for row in rows for x in row if x)
     w, h, gap, font = some.width * zoom, some.height * zoom, 6, ImageFont.load_default(13)
     pen = ImageDraw.Draw(Image.new("RGB", (1, 1)))

@@ -79,7 +79,7 @@ def curve(denoiser, weight, t_max):
     "w(snr) over the noise levels: the chosen weight dark blue, the others grey, the levels of the forget image red."
     from unlearn_nb.figures import BASE, EDITED, FORGET
     t = torch.arange(denoiser.T)
-    (ax,), done = sheet(5)
+    (ax,), done = sheet(4.8)
     for w in WEIGHTS.values(): ax.plot(t, w(denoiser.snr(t)).cpu(), color=BASE, lw=1)
     ax.plot(t, get(weight)(denoiser.snr(t)).cpu(), color=EDITED, lw=3)
     ax.axvspan(0, t_max, color=FORGET, alpha=.15, lw=0)
@@ -90,12 +90,14 @@ def curve(denoiser, weight, t_max):
 def live(log, steps):
     "What `unlearn` logged so far of a run of so many steps: losses at the left, the cosine of the two gradients at the right."
     from unlearn_nb.figures import EDITED, FORGET, RETAIN
-    (left, right), done = sheet(7, 2)
+    (left, right), done = sheet(6, 2)
     n = range(1, len(log) + 1)
     for name, colour in (("forget", FORGET), ("retain", RETAIN)):
         if log and name in log[0]: left.plot(n, [seen[name] for seen in log], ".-", color=colour, label=name)
     if left.lines: left.legend(frameon=False)
     left.set(xlim=(0, steps + 1), yscale="log", xlabel="step", title="loss")
+    later = [seen[k] for seen in log[1:] for k in ("forget", "retain") if seen.get(k)]   # at step 1 the retain loss is zero, but for rounding
+    if later: left.set_ylim(min(later) / 2, max(later) * 2)
     right.plot(n, [seen.get("cosine", 0) for seen in log], ".-", color=EDITED)
     right.axhline(0, color="black", lw=.5)
     right.set(xlim=(0, steps + 1), ylim=(-1, 1), xlabel="step", title="cosine of the gradients")
@@ -237,7 +239,8 @@ def save(self, folder):
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or {p.name for p in folder.iterdir()} - FILES): raise ValueError(f"{str(folder)!r} holds something else; give another name")
     self.hotfix.save(folder)
-    return Path(shutil.make_archive(str(folder), "zip", folder))
+    shutil.make_archive(str(folder), "zip", folder)
+    return folder.with_name(folder.name + ".zip")
 
 # %% ../nbs/15_studio.ipynb #86fd4cdf
 class Stopped(Exception): "Somebody pressed Stop."
@@ -288,7 +291,7 @@ class View(W.VBox):
         super().__init__([W.HBox([self.halt, self.said]), tabs])
         self.draw()
 
-    def tell(self, text): self.said.value = f"<b>{escape(text)}</b>"
+    def tell(self, text): self.said.value = text_of(f"<b>{escape(text)}</b>")
 
     def busy(self, on):
         for w in self.locked: w.disabled = on
@@ -335,6 +338,7 @@ def slot(self, widget, act):
     return widget
 
 def caption(text): return W.HTML(f"<i>{text}</i>")
+def text_of(html): return f'<div style="line-height: 1.5">{html}</div>'
 def zoom_of(studio, side): return max(1, side // studio.model.size[0])
 
 # %% ../nbs/15_studio.ipynb #d74275aa
@@ -356,7 +360,7 @@ def picture_tab(view):
     choices = [view.button(f"forget {seed}", partial(choose, k), layout=W.Layout(width="110px")) for k, seed in enumerate(s.seeds)]
     faces = [W.VBox([view.show(partial(face, k), zoom), b], layout=W.Layout(align_items="center")) for k, b in enumerate(choices)]
     name()
-    return [caption("Which picture must the model not make any more?"), W.HBox(faces, layout=W.Layout(flex_flow="row wrap")),
+    return [caption("Which picture must the model not make any more?"), W.HBox(faces, layout=W.Layout(flex_flow="row wrap", max_width="460px")),
         view.button("show others", lambda: further(len(s.seeds)), job=True, icon="refresh")]
 
 # %% ../nbs/15_studio.ipynb #5d00a75c
@@ -379,7 +383,7 @@ def mask_box(view):
         view.draw(picture)
     for w in (shape, across, down, *cells, file): view.slot(w, change)
     form()
-    return W.VBox([caption("Where may the surrogate differ?"), shape, across, down, board, file, picture])
+    return W.VBox([caption("Where may the surrogate differ?"), shape, across, down, board, file, picture], layout=W.Layout(margin="0 24px 0 0"))
 
 def surrogate_tab(view):
     "A mask, an edit, the surrogate and its check."
@@ -387,7 +391,7 @@ def surrogate_tab(view):
     edit, seed, file = W.Dropdown(options=list(EDITS), description="edit"), W.BoundedIntText(0, min=0, max=10_000, description="seed"), W.FileUpload(accept="image/*", description="my own")
     def verdict():
         found = s.found
-        return " ".join(found.warnings) or f"nothing speaks against this surrogate: similarity {found.similarity:.2f}, rmse {found.rmse:.2f}, background {found.background:.0f} dB; go on with 3"
+        return "; ".join(found.warnings) or f"nothing speaks against this surrogate (similarity {found.similarity:.2f}, rmse {found.rmse:.2f}); go on with 3"
     def make():
         s.edit(edit.value, seed.value)
         return verdict()
@@ -411,12 +415,12 @@ def method_box(view):
     picture = view.show(lambda: curve(s.model, s.cfg.weight, s.cfg.t_max))
     def set_all():
         s.cfg = replace(s.cfg, weight=weight.value, surgery=surgery.value, steps=steps.value)
-        told = [f"<b>{escape(label)}</b>: {escape((table[v].__doc__ if v in table else 'your own').splitlines()[0])}" for table, v, label in ((WEIGHTS, weight.value, weight.label), (RULES, surgery.value, surgery.label))]
-        meaning.value = "<br>".join(told)
+        told = [f"<b>{escape(v)}</b>: {escape(table[v].__doc__.splitlines()[0])}" for table, v in ((WEIGHTS, weight.value), (RULES, surgery.value)) if v in table]
+        meaning.value = text_of("<br>".join(told))
         view.draw(picture)
     for w in (weight, surgery, steps): view.slot(w, set_all)
     set_all()
-    return W.HBox([W.VBox([weight, surgery, steps, meaning], layout=W.Layout(width="420px")), picture], layout=W.Layout(flex_flow="row wrap"))
+    return W.HBox([W.VBox([weight, surgery, steps, meaning], layout=W.Layout(width="400px")), picture], layout=W.Layout(flex_flow="row wrap"))
 
 def run_tab(view):
     "Settings, Run, and what happens meanwhile."
