@@ -77,7 +77,7 @@ def test_outputs_are_saved_and_good(path):
     assert not [o for o in outputs if o['output_type'] == 'error'], 'a stored error'
     assert not [o for o in outputs if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {})], 'stored warnings or progress'
     assert len(code) == 1 or outputs, 'run the notebook and save its outputs'
-
+    assert 'widgets' not in read(path)['metadata'], 'stored widgets, which GitHub cannot show'
 
 @every_notebook
 def test_every_code_cell_that_shows_something_has_its_output(path):

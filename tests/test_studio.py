@@ -1,6 +1,5 @@
 "The studio without a screen: its pictures, its thread, its buttons, and that the model is always as it was."
 import random
-import re
 import threading
 import zipfile
 from io import BytesIO
@@ -248,7 +247,7 @@ class Hand:
         if self.view.worker.thread: self.view.worker.thread.join()
         return self.said()
 
-    def said(self): return re.search("<b>(.*)</b>", self.view.said.value)[1]
+    def said(self): return self.view.text
     def seen(self): return sum(i.layout.display is None for i, _, _ in self.view.shown)
 
 

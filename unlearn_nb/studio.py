@@ -93,11 +93,10 @@ def live(log, steps):
     (left, right), done = sheet(6, 2)
     n = range(1, len(log) + 1)
     for name, colour in (("forget", FORGET), ("retain", RETAIN)):
-        if log and name in log[0]: left.plot(n, [seen[name] for seen in log], ".-", color=colour, label=name)
+        points = [(k, seen[name]) for k, seen in zip(n, log) if seen.get(name, 0) > 1e-9]   # at step 1 the retain loss is zero, but for rounding
+        if points: left.plot(*zip(*points), ".-", color=colour, label=name)
     if left.lines: left.legend(frameon=False)
     left.set(xlim=(0, steps + 1), yscale="log", xlabel="step", title="loss")
-    later = [seen[k] for seen in log[1:] for k in ("forget", "retain") if seen.get(k)]   # at step 1 the retain loss is zero, but for rounding
-    if later: left.set_ylim(min(later) / 2, max(later) * 2)
     right.plot(n, [seen.get("cosine", 0) for seen in log], ".-", color=EDITED)
     right.axhline(0, color="black", lw=.5)
     right.set(xlim=(0, steps + 1), ylim=(-1, 1), xlabel="step", title="cosine of the gradients")
@@ -186,7 +185,7 @@ def now(self, frames=None, zoom=3):
     "The forget image, what its seed gives after some steps (default: the last ones), and the surrogate."
     from unlearn_nb.figures import EDITED, FORGET, SURROGATE, strip
     frames = self.frames[-1:] if frames is None else frames
-    row, titles = [self.image, *(x for _, x in frames), self.surrogate], ["forget image", *(f"step {n}" for n, _ in frames), "surrogate"]
+    row, titles = [self.image, *(x for _, x in frames), self.surrogate], ["forget", *(f"step {n}" for n, _ in frames), "surrogate"]
     return strip([row], titles, zoom=zoom, frames={(0, k): EDITED for k in range(len(row))} | {(0, 0): FORGET, (0, len(row) - 1): SURROGATE})
 
 # %% ../nbs/15_studio.ipynb #024e0e88
@@ -279,7 +278,7 @@ class Worker:
 
 # %% ../nbs/15_studio.ipynb #91f0866f
 class View(W.VBox):
-    "The widget: a bar with Stop and what is said, and a tab for each part of the work on `studio`. `buttons` by their names."
+    "The widget: a bar with Stop and what is said, and a tab for each part of the work on `studio`. `buttons` by their names; `text` is what was said last."
 
     def __init__(self, studio):
         self.studio, self.worker, self.buttons, self.locked, self.shown = studio, Worker(studio.model.net, self.tell, self.busy), {}, [], []
@@ -291,7 +290,7 @@ class View(W.VBox):
         super().__init__([W.HBox([self.halt, self.said]), tabs])
         self.draw()
 
-    def tell(self, text): self.said.value = text_of(f"<b>{escape(text)}</b>")
+    def tell(self, text): self.text, self.said.value = text, text_of(f"<b>{escape(text)}</b>")
 
     def busy(self, on):
         for w in self.locked: w.disabled = on
@@ -447,7 +446,7 @@ def run_tab(view):
 def link(file, most=2e7):
     "A link that downloads the file, if it is not larger than `most` bytes."
     if file.stat().st_size > most: return f"{escape(str(file))} is large: take it from there"
-    return f'<a download="{escape(file.name)}" href="data:application/zip;base64,{b64encode(file.read_bytes()).decode()}">download {escape(file.name)}</a>'
+    return f'<a download="{escape(file.name)}" href="data:application/zip;base64,{b64encode(file.read_bytes()).decode()}"><u>download {escape(file.name)}</u></a>'
 
 def after_tab(view):
     "Before and after, and save, apply, remove."
