@@ -73,3 +73,16 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope='module')
+def browser():
+    "Chromium, for pages and widgets as readers see them. It ends with the module: while it is open, no other loop can run."
+    from playwright.sync_api import sync_playwright
+    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
+    if not chromium: pytest.skip('no browser: apt-get install chromium')
+    flags = '--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'.split()
+    with sync_playwright() as p:
+        started = p.chromium.launch(executable_path=chromium, args=flags)
+        yield started
+        started.close()

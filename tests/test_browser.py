@@ -2,7 +2,6 @@
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,15 +15,11 @@ import nbformat
 import pytest
 from jupyter_client import BlockingKernelClient
 from PIL import Image, ImageChops
+from playwright.sync_api import expect
 
 from conftest import ROOT
 from unlearn_nb.hotfix import Hotfix
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install playwright")
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no browser: apt-get install chromium")
-
-FLAGS = "--no-sandbox --disable-gpu --disable-dev-shm-usage --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync".split()
 PATIENCE = 60_000   # ms, for what takes a few seconds on a machine that is not busy
 PICTURES = """async () => Promise.all([...document.querySelectorAll('.jp-OutputArea img.widget-image')].filter(e => e.offsetParent).map(
     async e => btoa(Array.from(new Uint8Array(await (await fetch(e.src)).arrayBuffer()), b => String.fromCharCode(b)).join(''))))"""
@@ -71,21 +66,18 @@ def lab(tmp_path):
 
 
 @pytest.fixture
-def page(lab):
-    with playwright.sync_playwright() as p:
-        browser = p.chromium.launch(executable_path=BROWSER, args=FLAGS)
-        try:
-            page = browser.new_page(viewport={"width": 1280, "height": 1000})
-            page.set_default_timeout(PATIENCE)
-            yield page
-        finally: browser.close()
+def page(browser):
+    page = browser.new_page(viewport={"width": 1280, "height": 1000})
+    page.set_default_timeout(PATIENCE)
+    yield page
+    page.close()
 
 
 class Reader:
     "Somebody who reads and clicks in the output of the notebook's cell."
     def __init__(self, page, shots): self.page, self.out, self.shots = page, page.locator(".jp-OutputArea"), shots
     def said(self): return self.out.locator(".widget-html b").first.inner_text()
-    def reads(self, text): playwright.expect(self.out.get_by_text(re.compile(text)).first).to_be_visible(timeout=PATIENCE)
+    def reads(self, text): expect(self.out.get_by_text(re.compile(text)).first).to_be_visible(timeout=PATIENCE)
     def button(self, name): return self.out.locator("button:visible").filter(has_text=re.compile(rf"^\s*{re.escape(name)}\s*$"))   # before it stands its icon
     def click(self, name): self.button(name).click()
     def tab(self, name): self.out.get_by_role("tab", name=name).click()
@@ -128,7 +120,7 @@ class Kernel:
         return answer["data"]["text/plain"]
 
 
-def test_the_whole_path(lab, page, tmp_path):
+def test_the_whole_path(page, lab, tmp_path):
     address, folder, runtime = lab
     page.goto(f"{address}/lab/tree/play.ipynb?reset")
     page.locator('.jp-Notebook-ExecutionIndicator[data-status="idle"]').wait_for()

@@ -2,6 +2,7 @@
 import gc
 import weakref
 from functools import lru_cache
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 from torch.testing import assert_close
 
 from small_pipelines import levels, pipeline, transformer, unet, vae
-from unlearn_nb.denoiser import PREDICTIONS, Denoiser, generators, randn, read_image
+from unlearn_nb.denoiser import PREDICTIONS, Denoiser, at_once, generators, randn, read_image
 from unlearn_nb.zoo import words
 
 every_prediction = pytest.mark.parametrize('prediction', PREDICTIONS)
@@ -594,3 +595,9 @@ def test_an_unknown_prompt_after_free_text():
 def test_says_what_it_is_with_words():
     assert repr(flow(vae=small_vae(), guidance=7.)).startswith("Denoiser('custom': 4 x 8 x 8, latents of 16 x 16 pixels, guidance 7, prompts: 1, flow, T = 1000, ")
     assert flow().layout == torch.contiguous_format and tiny().layout == Denoiser(unet(), levels(), text=letters).layout == torch.channels_last
+
+
+@pytest.mark.parametrize("shape, words, n", [((3, 32, 32), False, 64), ((3, 256, 256), False, 16), ((16, 128, 128), True, 8), ((16, 64, 64), True, 32), ((3, 2048, 2048), False, 1)])
+def test_large_pictures_go_through_the_net_a_few_at_a_time(shape, words, n):
+    denoiser = SimpleNamespace(shape=shape, prompts={"": 0} if words else {})
+    assert at_once(denoiser, 64) == n and at_once(denoiser, 1) == 1

@@ -6,7 +6,7 @@ import sys
 from conftest import ROOT
 
 PACKAGE = ROOT/'unlearn_nb'
-ABOUT = ['figures', 'studio']   # rooms that are about pictures and widgets
+ABOUT = ['studio']   # the room that is about widgets
 ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_') and p.stem not in ABOUT)
 HEAVY = 'transformers peft torchmetrics matplotlib ipywidgets IPython scipy skimage pandas sklearn torchvision'.split()
 

@@ -46,6 +46,11 @@ def test_it_gives_the_numbers_of_the_package(page):
     assert moved > .02 and (plain - ours).square().mean().sqrt() < .01 * moved
 
 
+def test_nothing_to_retain_is_no_conflict(page):
+    g_f = [torch.randn(3, generator=torch.Generator().manual_seed(0)) for _ in range(2)]
+    for zero in (0., 1e-8): assert all(map(torch.equal, page['symmetric'](g_f, [g * -zero for g in g_f]), g_f))   # exactly 0 on some machines
+
+
 def test_the_page_starts_from_the_base_again(page):
     alone = lambda g_f, g_r: g_f
     assert torch.equal(page['unlearn'](alone, 1), page['unlearn'](alone, 1))

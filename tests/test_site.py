@@ -216,17 +216,6 @@ def test_nbdev_yml_is_that_of_the_settings(processed):
 
 # --- in a browser ---
 
-@pytest.fixture(scope='session')
-def browser():
-    sync = pytest.importorskip('playwright.sync_api', reason='no playwright: pip install playwright')
-    chromium = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
-    if not chromium: pytest.skip('no Chromium: apt-get install chromium')
-    with sync.sync_playwright() as p:
-        started = p.chromium.launch(executable_path=chromium, args=['--no-sandbox'])
-        yield started
-        started.close()
-
-
 @pytest.mark.parametrize('width', [390, 1280])
 @pytest.mark.parametrize('page', ['index', 'reference', 'models/flags', 'unlearn', 'tutorials/forget_a_face'])
 def test_page_fits_the_screen(page, width, site, browser):

@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from torch import autograd
 
+from .figures import BASE, EDITED
 from .hotfix import fingerprint, write
 from .metrics import interval
 from .report import evaluate, outputs
@@ -411,8 +412,6 @@ def label(ax, points, width=.3, height=1.2):
 def board_figure(results):
     "The board as one PIL image: forgetting against drift with intervals, dominated area, quality, cost. Ours dark, ours without a part hollow, rivals grey."
     from matplotlib.figure import Figure
-
-    from unlearn_nb.figures import BASE, EDITED
 
     made = {name: m for name, result in results.items() if (m := summary(result["rows"]))}
     def look(name): return ("D", EDITED, EDITED) if name == "ours" else ("D", EDITED, "white") if name.startswith("ours") else ("s", BASE, BASE)   # marker, edge, inside: ours, without a part, rivals

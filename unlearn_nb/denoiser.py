@@ -213,7 +213,7 @@ def generators(seeds):
     return [torch.Generator().manual_seed(index(seed)) for seed in seeds]
 
 def at_once(denoiser, batch):
-    "How many of `batch` pictures fit into 15 GB: 16 of 256 x 256 pixels; of a model with words, whose net is large and guided, 8 latents of 128 x 128."
+    "`batch`, or fewer if the pictures are large: 16 of 256 x 256 pixels; of a model with words, whose net is large and guided, 8 latents of 128 x 128."
     return min(batch, max(1, 2 ** (17 if denoiser.prompts else 20) // (denoiser.shape[1] * denoiser.shape[2])))
 
 def randn(gens, shape, device="cpu"):

@@ -10,8 +10,6 @@ from base64 import b64encode
 from html import escape
 from io import BytesIO
 
-import matplotlib.pyplot as plt
-from cycler import cycler
 from PIL import Image, ImageDraw, ImageFont
 
 # %% ../nbs/20_figures.ipynb #3c2953c3
@@ -19,6 +17,8 @@ FORGET, SURROGATE, RETAIN, BASE, EDITED = "#e0555f", "#f4c55a", "#007082", "#a3a
 
 def use():
     "From here on matplotlib draws in the style of this package."
+    import matplotlib.pyplot as plt   # takes most of a second
+    from cycler import cycler
     plt.rcParams.update({
         "figure.dpi": 80, "figure.constrained_layout.use": True, "font.size": 10, "axes.titlesize": 10, "image.interpolation": "nearest",
         "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False, "lines.linewidth": 2,

@@ -12,6 +12,7 @@ from io import BytesIO
 import torch
 from PIL import Image
 
+from .figures import BASE, EDITED, FORGET, SURROGATE
 from .hotfix import write
 from .metrics import describe, drift, interval, kid, relative_forgetting, similarity
 
@@ -106,8 +107,6 @@ def figure(denoiser, requests, before, after, others=12):
 
     Frames: the forget image red, the surrogate yellow, what the base model gives grey, what the edited one gives dark blue."""
     from matplotlib.figure import Figure   # takes most of a second to import
-
-    from unlearn_nb.figures import BASE, EDITED, FORGET, SURROGATE
 
     x_f, x_s = denoiser.encode([requests[0].image, requests[0].surrogate])
     asked = [("forget image", x_f, FORGET), ("surrogate", x_s, SURROGATE)] + ([(f"seed {requests[0].seed} now", after["seed"][0], EDITED)] if requests[0].seed is not None else [])

@@ -21,7 +21,8 @@ import ipywidgets as W
 import torch
 from PIL import Image, ImageDraw
 
-from .denoiser import read_image
+from .denoiser import patch, read_image
+from .figures import BASE, EDITED, FORGET, RETAIN, SURROGATE, strip
 from .flags import describe_flag
 from .surgery import RULES
 from .surrogates import canvas, check, compose, ellipse, inpaint, neighbour, propose, read_mask, rectangle, sdedit, soften
@@ -46,7 +47,6 @@ def mask_from_cells(cells, size, feather=.03):
 
 def shade(picture, mask):
     "The picture, yellow where the mask is white."
-    from unlearn_nb.figures import SURROGATE
     yellow = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, SURROGATE), .65)
     return Image.composite(yellow, picture.convert("RGB"), mask)
 
@@ -77,7 +77,6 @@ def sheet(width, n=1):
 # %% ../nbs/15_studio.ipynb #1806da53
 def curve(denoiser, weight, t_max):
     "w(snr) over the noise levels: the chosen weight dark blue, the others grey, the levels of the forget image red."
-    from unlearn_nb.figures import BASE, EDITED, FORGET
     t = torch.arange(denoiser.T)
     (ax,), done = sheet(4.8)
     for w in WEIGHTS.values(): ax.plot(t, w(denoiser.snr(t)).cpu(), color=BASE, lw=1)
@@ -89,13 +88,13 @@ def curve(denoiser, weight, t_max):
 # %% ../nbs/15_studio.ipynb #7fa83cf5
 def live(log, steps):
     "What `unlearn` logged so far of a run of so many steps: losses at the left, the cosine of the two gradients at the right."
-    from unlearn_nb.figures import EDITED, FORGET, RETAIN
     (left, right), done = sheet(6, 2)
     n = range(1, len(log) + 1)
     for name, colour in (("forget", FORGET), ("retain", RETAIN)):
         points = [(k, seen[name]) for k, seen in zip(n, log) if seen.get(name, 0) > 1e-9]   # at step 1 the retain loss is zero, but for rounding
         if points: left.plot(*zip(*points), ".-", color=colour, label=name)
-    if left.lines: left.legend(frameon=False)
+    left.margins(y=.35)   # room for the legend
+    if left.lines: left.legend(frameon=False, ncols=2, loc="upper left")
     left.set(xlim=(0, steps + 1), yscale="log", xlabel="step", title="loss")
     right.plot(n, [seen.get("cosine", 0) for seen in log], ".-", color=EDITED)
     right.axhline(0, color="black", lw=.5)
@@ -153,12 +152,8 @@ class Studio:
         self.pictures, self.seeds = self.sample(seeds), seeds
 
 # %% ../nbs/15_studio.ipynb #6630aa80
-def method(f):
-    "Make f a method of `Studio`."
-    setattr(Studio, f.__name__, f)
-
-@method
-def choose(self, seed):
+@patch
+def choose(self: Studio, seed):
     "The picture of this seed of the gallery is to be forgotten."
     self.needs()
     if seed not in self.seeds or not self.pictures: raise ValueError(f"seed {seed} is not in the gallery; show it first")
@@ -166,31 +161,29 @@ def choose(self, seed):
     self.surrogate = self.found = self.hotfix = self.retain = None
     self.log, self.frames, self.before, self.after = [], [], [], []
 
-@method
-def edit(self, name, seed=0):
+@patch
+def edit(self: Studio, name, seed=0):
     "Make the surrogate by one of `EDITS`, or take a picture that was edited elsewhere, and check it."
     self.needs("image")
     x_s = EDITS[name](self, seed) if isinstance(name, str) else name.convert(self.image.mode)
     found = check(self.image, x_s, mask=self.mask, describe=describe_flag if self.model.name == "flags" else None)
     self.surrogate, self.found = x_s, found
 
-@method
-def trio(self, zoom=4):
+@patch
+def trio(self: Studio, zoom=4):
     "The forget image, the surrogate, and where they differ, as one picture."
-    from unlearn_nb.figures import FORGET, SURROGATE, strip
     return strip([[self.image, self.surrogate, self.found.heat]], ["forget image", "surrogate", "difference"], zoom=zoom, frames={(0, 0): FORGET, (0, 1): SURROGATE})
 
-@method
-def now(self, frames=None, zoom=3):
+@patch
+def now(self: Studio, frames=None, zoom=3):
     "The forget image, what its seed gives after some steps (default: the last ones), and the surrogate."
-    from unlearn_nb.figures import EDITED, FORGET, SURROGATE, strip
     frames = self.frames[-1:] if frames is None else frames
     row, titles = [self.image, *(x for _, x in frames), self.surrogate], ["forget", *(f"step {n}" for n, _ in frames), "surrogate"]
     return strip([row], titles, zoom=zoom, frames={(0, k): EDITED for k in range(len(row))} | {(0, 0): FORGET, (0, len(row) - 1): SURROGATE})
 
 # %% ../nbs/15_studio.ipynb #024e0e88
-@method
-def run(self, watch=None, looks=8):
+@patch
+def run(self: Studio, watch=None, looks=8):
     "Unlearn, then compare. While it runs `log` grows, and `frames` by so many looks at what the seed gives; watch(studio) is called after each step."
     self.needs("image", "surrogate")
     cfg, request = self.cfg, Request(self.image, self.surrogate, self.seed, self.prompt)
@@ -205,8 +198,8 @@ def run(self, watch=None, looks=8):
     self.hotfix = unlearn(self.model, [request], self.retain[1], cfg, watch=look)
     self.compare()
 
-@method
-def compare(self):
+@patch
+def compare(self: Studio):
     "What the seed to forget and the others of the gallery give without the hotfix and with it: `before` and `after`."
     self.needs("hotfix")
     others = [seed for seed in self.seeds if seed != self.seed]
@@ -218,20 +211,20 @@ def compare(self):
 # %% ../nbs/15_studio.ipynb #8d5d2f43
 FILES = {"hotfix.safetensors", "card.json"}
 
-@method
-def apply(self):
+@patch
+def apply(self: Studio):
     "Put the hotfix on the model."
     self.needs("hotfix", off=False)
     self.hotfix.apply(self.model)
 
-@method
-def remove(self):
+@patch
+def remove(self: Studio):
     "Take it off: the base is back, bit for bit."
     self.needs("hotfix", off=False)
     self.hotfix.remove(self.model)
 
-@method
-def save(self, folder):
+@patch
+def save(self: Studio, folder):
     "Write the hotfix as a folder, and a zip of it beside: the path of the zip."
     self.needs("hotfix", off=False)
     if not str(folder).strip(): raise ValueError("the folder has no name; give one, such as 'my_hotfix'")
@@ -311,26 +304,22 @@ class View(W.VBox):
             if picture: image.value = png(picture, zoom)
 
 # %% ../nbs/15_studio.ipynb #a30bc626
-def part(f):
-    "Make f a method of `View`."
-    setattr(View, f.__name__, f)
-
-@part
-def attempt(self, act):
+@patch
+def attempt(self: View, act):
     "Do it here and now; an error is told as a sentence, what act returns too."
     try: self.tell(act() or "")
     except Exception as e: self.tell(sentence(e))
 
-@part
-def button(self, text, act, job=False, **kw):
+@patch
+def button(self: View, text, act, job=False, **kw):
     "A button for act(), which may return what is to be told; job: in the thread."
     self.buttons[text] = b = W.Button(description=text, **kw)
     b.on_click(lambda _: self.worker.start(act) if job else self.attempt(act))
     self.locked.append(b)
     return b
 
-@part
-def slot(self, widget, act):
+@patch
+def slot(self: View, widget, act):
     "This widget calls act() whenever its value changes, and is disabled while a job runs."
     widget.observe(lambda _: self.attempt(act), "value")
     self.locked.append(widget)
@@ -423,18 +412,19 @@ def method_box(view):
 
 def run_tab(view):
     "Settings, Run, and what happens meanwhile."
-    s, drawn = view.studio, [0.]
+    s, began, drawn = view.studio, 0., 0.
     bar = W.IntProgress(0, min=0, max=1, layout=W.Layout(width="200px"))
     losses, now = view.show(lambda: live(s.log, s.cfg.steps) if s.log else None), view.show(lambda: s.now(zoom=zoom_of(s, 96)) if s.surrogate and s.frames else None)
-    def watch(s, began=[0.]):
+    def watch(s):
+        nonlocal began, drawn
         n, seen = len(s.log), s.log[-1]
-        if n == 1: began[0] = time.monotonic()
-        left = (time.monotonic() - began[0]) / max(1, n - 1) * (s.cfg.steps - n)
+        if n == 1: began = time.monotonic()
+        left = (time.monotonic() - began) / max(1, n - 1) * (s.cfg.steps - n)
         bar.value = n
         view.tell(f"step {n} of {s.cfg.steps}: " + ", ".join(f"{k} {seen[k]:.4f}" for k in ("forget", "retain", "cosine") if k in seen) + f", {left:.0f} s left" * (n > 1))
-        if time.monotonic() - drawn[0] > 1 or n == s.cfg.steps:
+        if time.monotonic() - drawn > 1 or n == s.cfg.steps:
             view.draw(losses, now)
-            drawn[0] = time.monotonic()
+            drawn = time.monotonic()
     def run():
         bar.value, bar.max = 0, s.cfg.steps
         view.tell("first the pictures that must stay")

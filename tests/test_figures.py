@@ -1,0 +1,94 @@
+"Room `figures`: colours that everybody can tell apart, pictures whose pixels stay pixels, films that are what they were made of."
+from io import BytesIO
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.colors import to_rgb
+from PIL import Image
+from skimage.color import rgb2lab
+
+from unlearn_nb.figures import BASE, EDITED, FORGET, RETAIN, SURROGATE, gif, moving, strip, use
+
+COLOURS = np.array([to_rgb(c) for c in (FORGET, SURROGATE, RETAIN, BASE, EDITED)])
+BLIND = {   # Machado, Oliveira and Fernandes 2009, severity 1, in linear light
+    'long': [[.152286, 1.052583, -.204868], [.114503, .786281, .099216], [-.003882, -.048116, 1.051998]],
+    'middle': [[.367322, .860646, -.227968], [.280085, .672501, .047413], [-.01182, .04294, .968881]],
+    'short': [[1.255528, -.076749, -.178779], [-.078411, .930809, .147602], [.004733, .691367, .3039]]}
+
+
+def seen(eye):
+    if eye == 'all': return COLOURS
+    linear = np.where(COLOURS <= .04045, COLOURS/12.92, ((COLOURS + .055)/1.055)**2.4) @ np.array(BLIND[eye]).T
+    linear = linear.clip(0, 1)
+    return np.where(linear <= .0031308, 12.92*linear, 1.055*linear**(1/2.4) - .055)
+
+
+@pytest.mark.parametrize('eye', ['all', *BLIND])
+def test_no_two_colours_look_alike(eye):
+    "In CIELAB, where 2.3 is just noticed."
+    lab = rgb2lab(seen(eye)[None])[0]
+    apart = np.linalg.norm(lab[:, None] - lab, axis=-1)[np.triu_indices(5, 1)]
+    assert apart.min() > 25
+
+
+def test_the_colours_differ_in_print():
+    lightness = np.sort(rgb2lab(COLOURS[None])[0, :, 0])
+    assert np.diff(lightness).min() > 10 and lightness.max() < 90   # the lightest still shows on white
+
+
+@given(st.integers(1, 4), st.integers(1, 3), st.integers(1, 6), st.integers(1, 6), st.integers(1, 3), st.booleans(), st.integers(0, 99))
+@settings(max_examples=40)
+def test_pixels_stay_pixels(columns, rows, w, h, zoom, words, seed):
+    x = torch.rand(rows, columns, 3, h, w, generator=torch.Generator().manual_seed(seed))*2 - 1
+    titles, labels = (range(columns), ['a\nb']*rows) if words else ((), ())
+    sheet = np.array(strip(x, titles, labels, zoom))
+    top, left = sheet.shape[0] - rows*(h*zoom + 6), sheet.shape[1] - columns*(w*zoom + 6)
+    for r in range(rows):
+        for c in range(columns):
+            y, z = top + r*(h*zoom + 6), left + c*(w*zoom + 6)
+            found = sheet[y:y + h*zoom, z:z + w*zoom]
+            assert (found[::zoom, ::zoom] == ((x[r, c].permute(1, 2, 0).numpy() + 1)*127.5).round().astype(np.uint8)).all()
+            assert (found == found[::zoom, ::zoom].repeat(zoom, 0).repeat(zoom, 1)).all()
+
+
+def test_words_make_room_for_themselves_and_gaps_are_white():
+    dot = Image.new('RGB', (4, 4), 'black')
+    plain, told = strip([[dot, None]]), strip([[dot, None]], ['title'], ['a long label'])
+    assert told.width > plain.width + 40 and told.height > plain.height + 8
+    assert np.array(plain)[:, -18:].min() == 255
+    ink = np.argwhere(np.array(told.convert('L')) < 128)
+    assert ink.min() > 0   # nothing is cut off at the top or the left
+
+
+def test_frames_have_their_colour_and_spare_the_picture():
+    grey = Image.new('RGB', (8, 8), (10, 10, 10))
+    framed, plain = (np.array(strip([[grey, grey]], zoom=4, frames=f)) for f in ({(0, 1): FORGET}, None))
+    changed = (framed != plain).any(-1)
+    assert (framed[changed] == np.array(Image.new('RGB', (1, 1), FORGET))[0, 0]).all() and changed[:, 40:].any() and not changed[:, :36].any()
+    assert not changed[5:33, 43:69].any()
+
+
+@given(st.integers(2, 6), st.integers(20, 500))
+@settings(max_examples=10)
+def test_a_film_has_its_frames_and_times(n, ms):
+    frames = [Image.new('RGB', (5, 4), (k*40, 0, 0)) for k in range(n)]
+    with Image.open(BytesIO(gif(frames, 10*(ms//10), 1000))) as film:
+        assert film.n_frames == n and film.info['loop'] == 0
+        for k in range(n):
+            film.seek(k)
+            assert film.info['duration'] == (1000 if k == n - 1 else 10*(ms//10)) and abs(film.convert('RGB').getpixel((2, 2))[0] - 40*k) <= 8
+
+
+def test_a_film_is_told_in_words():
+    html = moving(gif([Image.new('RGB', (2, 2))]*2), 'before & "after"').data
+    assert 'alt="before &amp; &quot;after&quot;"' in html and 'src="data:image/gif;base64,' in html
+
+
+def test_use_sets_the_style():
+    with matplotlib.rc_context():
+        use()
+        assert matplotlib.rcParams['axes.prop_cycle'].by_key()['color'][0] == EDITED and not matplotlib.rcParams['axes.spines.top']
