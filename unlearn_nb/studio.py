@@ -93,8 +93,9 @@ def live(log, steps):
     for name, colour in (("forget", FORGET), ("retain", RETAIN)):
         points = [(k, seen[name]) for k, seen in zip(n, log) if seen.get(name, 0) > 1e-9]   # at step 1 the retain loss is zero, but for rounding
         if points: left.plot(*zip(*points), ".-", color=colour, label=name)
-    left.margins(y=.35)   # room for the legend
-    if left.lines: left.legend(frameon=False, ncols=2, loc="upper left")
+    if left.lines:
+        left.margins(y=.35)   # room for the legend
+        left.legend(frameon=False, ncols=2, loc="upper left")
     left.set(xlim=(0, steps + 1), yscale="log", xlabel="step", title="loss")
     right.plot(n, [seen.get("cosine", 0) for seen in log], ".-", color=EDITED)
     right.axhline(0, color="black", lw=.5)
