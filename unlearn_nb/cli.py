@@ -110,7 +110,7 @@ def cli(): "Make a diffusion model forget one picture that no prompt can name, a
 @click.option("--out", type=click.Path(), metavar="FOLDER", default="unlearn_demo", show_default=True, help="A new or empty folder to write to.")
 @click.option("--steps", type=click.IntRange(min=1), metavar="N", show_default="120", help="Updates of the weights.")
 def demo(seed, out, steps):
-    "Forget a face of the built-in model and show that it is gone. Takes about a minute and a half on 2 CPU cores."
+    "Forget a face of the built-in model and show that it is gone. Takes about two minutes on 2 CPU cores."
     forget_one("faces", seed, None, None, steps, out)
 
 @cli.command(epilog="Example: unlearn_nb forget --model faces --seed 7 --out seven")
