@@ -82,7 +82,7 @@ def test_notebook_as_colab_runs_it(name, machine, venv, wheel, tmp_path):
     notebook = nbformat.read(NBS/f'{name}.ipynb', 4)
     notebook.cells.append(nbformat.v4.new_code_cell(LOOK))
     kernels = AsyncKernelManager(kernel_name='python3', kernel_spec_manager=KernelSpecManager(kernel_dirs=[str(tmp_path/'kernels')]))
-    NotebookClient(notebook, km=kernels, timeout=1800, resources={'metadata': {'path': str(folder)}}).execute(env=env)
+    NotebookClient(notebook, km=kernels, timeout=1800, resources={'metadata': {'path': str(folder)}}).execute(env=env, cleanup_kc=True)   # else a kernel whose manager is given goes on
     seen = json.loads(notebook.cells[-1].outputs[0].text)
     [site] = venv.glob('lib/python*/site-packages')
     assert sorted(p.name for p in site.iterdir()) == ['colab.pth', 'unlearn_nb', f"unlearn_nb-{SETTINGS['DEFAULT']['version']}.dist-info"], 'pip installed more than the package'
