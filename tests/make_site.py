@@ -136,7 +136,7 @@ Made faces, and as many fresh drawn ones, are compared with other drawn faces in
 |---|---|---|
 {chr(10).join(f'| {name} | {made} | {drawn} |' for name, made, drawn in seen)}
 
-They were measured in [how the models were trained](../tutorials/06_how_the_models_were_trained.ipynb), which also shows faces that nobody chose and their nearest training pictures.
+They were measured in [how the models were trained](../tutorials/06_how_the_models_were_trained.ipynb), which also shows faces that nobody chose and their nearest training pictures. Sets of this size cannot tell made faces from drawn ones; sets of 500 can, as an exercise there shows.
 
 ## Use and limits
 
