@@ -66,7 +66,7 @@ class Denoiser:
         self.prompts, self.table = {}, {}   # the rows of the table of words by prompt; the table
         if text: self.row("")   # row 0
 
-    device = property(lambda self: next(self.net.parameters()).device)
+    device = property(lambda self: self.net.device)
     dtype = property(lambda self: self.net.dtype)
 
     def __repr__(self):
