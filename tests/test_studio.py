@@ -274,6 +274,14 @@ def test_the_whole_path_by_clicks(hand, tmp_path):
     assert hand.seen() == len(view.shown)
 
 
+def test_an_image_is_shown_only_with_what_it_shows(hand):
+    view, bare = hand.view, []
+    hidden = [i for i, _, _ in view.shown if i.layout.display == "none"]
+    for i in hidden: i.layout.observe(lambda change, i=i: bare.append(i) if change.new is None and not i.value else None, "display")
+    for name in ("show others", "forget 5", "make the surrogate", "run"): hand(name)
+    assert len(hidden) >= 3 and all(i.layout.display is None for i in hidden) and not bare
+
+
 def test_masks_by_clicks(hand):
     view = hand.view
     hand("show others"), hand("forget 5")

@@ -301,8 +301,8 @@ class View(W.VBox):
         for image, f, zoom in self.shown:
             if images and image not in images: continue
             picture = f()
-            image.layout.display = None if picture else "none"
             if picture: image.value = png(picture, zoom)
+            image.layout.display = None if picture else "none"   # last, for an image without data is drawn broken
 
 # %% ../nbs/15_studio.ipynb #a30bc626
 @patch
