@@ -87,8 +87,8 @@ class Reader:
         for key in keys: self.handle(name, k).press(key)
 
     def pictures(self):
-        "What the visible images show; one whose data is still on its way shows nothing."
-        return [Image.open(BytesIO(b64decode(data))).convert("RGB") for data in self.page.evaluate(PICTURES) if data]
+        "What the visible images show."
+        return [Image.open(BytesIO(b64decode(data))).convert("RGB") for data in self.page.evaluate(PICTURES)]
 
     def changes(self, k, act):
         "Do it, and wait until visible picture k is another one: before, after."
