@@ -14,25 +14,31 @@ from torch.testing import assert_close
 from test_unlearn import TINY, gen, norm, refused, request_of, setting, tiny
 
 from unlearn_nb import baselines
-from unlearn_nb.baselines import (METHODS, RULE, Board, board_table, climb, compete, concept_cut, cut_loss, erasediff, fisher, forgotten, further, importance, leaderboard, merit, neggrad,
-                                  no_edit, noise_states, ordinary, pictures, restrict, salient, salun, selective_amnesia, short, spread, summary, towards)
-from unlearn_nb.hotfix import fingerprint
+from unlearn_nb.baselines import (climb, concept_cut, cut_loss, erasediff, fisher, importance, neggrad, no_edit,
+                                  noise_states, ordinary, pictures, restrict, salient, salun, selective_amnesia,
+                                  noised_evenly, towards)
+from unlearn_nb.cli import leaderboard
+from unlearn_nb.leaderboard import (METHODS, RULE, Board, board_table, tune_and_test, forgotten, beyond_edge, score,
+                                    short, summary)
+from unlearn_nb.files import fingerprint
 from unlearn_nb.surgery import symmetric
-from unlearn_nb.unlearn import Full, Task, own_states, unlearn
+from unlearn_nb.parametrization import Full
+from unlearn_nb.states import own_paths
+from unlearn_nb.unlearn import Problem, unlearn
 from unlearn_nb.weights import unit_eps
 from unlearn_nb.zoo import load
 
-RAW = replace(TINY, whiten=0.)
+RAW = replace(TINY, damping=0.)
 ALL = {name: method for name, (method, _) in METHODS.items()}
 seeds = st.integers(0, 2**31)
 
 
 @pytest.fixture
-def task():
+def problem():
     model, request, retain = setting()
     x_f, x_s = model.encode([request.image]), model.encode([request.surrogate])
     form = Full(model, {})
-    yield Task(model, x_f, x_s, own_states(model, [request], x_s, 4), retain, form, RAW, PartialState())
+    yield Problem(model, x_f, x_s, own_paths(model, [request], x_s, 4), retain, form, RAW, PartialState())
     form.restore()
 
 
@@ -125,78 +131,78 @@ def test_a_climb_has_its_length(seed, length):
     assert torch.equal(flat(climb(g_r, [torch.zeros_like(f) for f in g_f], length)), flat(g_r))
 
 
-def test_retrack_with_one_neighbour_is_the_surrogate_loss(task):
-    y = pictures(task.retain)[:1]
-    x_t, t, _ = ordinary(task.denoiser, task.x_f, 6, gen())
-    assert_close(towards(task.denoiser, x_t, t, y), y.expand(6, -1, -1, -1))
+def test_retrack_with_one_neighbour_is_the_surrogate_loss(problem):
+    y = pictures(problem.retain)[:1]
+    x_t, t, _ = ordinary(problem.denoiser, problem.x_f, 6, gen())
+    assert_close(towards(problem.denoiser, x_t, t, y), y.expand(6, -1, -1, -1))
 
 
-def test_retrack_has_the_gradient_of_its_sum_of_squares(task):
+def test_retrack_has_the_gradient_of_its_sum_of_squares(problem):
     "sum_k p_k ||eps - eps_k||^2, as its paper writes it, with autograd as the judge."
-    y, d = pictures(task.retain)[:3], task.denoiser
-    x_t, t, _ = ordinary(d, task.x_f, 5, gen())
+    y, d = pictures(problem.retain)[:3], problem.denoiser
+    x_t, t, _ = ordinary(d, problem.x_f, 5, gen())
     a, s = d.scales(t)
     eps_k = (x_t[:, None] - a[:, None]*y)/s[:, None]
     p = (-eps_k.square().flatten(2).sum(2)/2).softmax(1)
-    _, ours = task.gradient((x_t, t, towards(d, x_t, t, y)), unit_eps)
+    _, ours = problem.gradient((x_t, t, towards(d, x_t, t, y)), unit_eps)
     out = d(x_t, t)
     x0 = torch.stack([d.predict(x[None], int(level))[0] for x, level in zip(x_t, t)])
     assert_close(d.target(x_t, x0, t), out.detach(), rtol=1e-3, atol=1e-3)
     scale = d.snr(t).view(-1, 1, 1, 1)*d.gain(t)**2
     written = sum((p[:, k].view(-1, 1, 1, 1)*scale*(out - d.target(x_t, y[k].expand_as(x_t), t)).square()).mean() for k in range(3))
-    theirs = torch.autograd.grad(written, task.form.weights)
+    theirs = torch.autograd.grad(written, problem.parametrization.weights)
     assert_close(flat(ours), flat(theirs), rtol=1e-3, atol=1e-4*flat(theirs).abs().max().item())
 
 
-def test_erasediff_never_improves_forgetting_less_than_it_says(task):
+def test_erasediff_never_improves_forgetting_less_than_it_says(problem):
     eta = .1
-    d, _ = erasediff(task, eta)(1, gen(3))
-    _, g_u = task.gradient(noise_states(task.denoiser, task.x_f, 4, gen(3)), unit_eps)
+    d, _ = erasediff(problem, eta)(1, gen(3))
+    _, g_u = problem.gradient(noise_states(problem.denoiser, problem.x_f, 4, gen(3)), unit_eps)
     assert (flat(d) @ flat(g_u)/flat(g_u).square().sum()).item() >= eta - 1e-4
 
 
-def test_salun_moves_its_share_and_nothing_else(task):
-    mask = salient(task, .5)
+def test_salun_moves_its_share_and_nothing_else(problem):
+    mask = salient(problem, .5)
     assert flat(mask).mean().item() == pytest.approx(.5, abs=.01) and set(flat(mask).tolist()) == {0., 1.}
     model, request, retain = setting()
-    task.form.restore()
+    problem.parametrization.restore()
     moved = unlearn(model, [request], retain, RAW, method=salun).delta
     still = 1 - torch.cat([(moved[k] != 0).float().flatten() for k in moved]).mean().item()
     assert still == pytest.approx(.5, abs=.01)
 
 
-def test_the_spring_of_selective_amnesia_holds(task):
-    F = fisher(task, n=4)
+def test_the_spring_of_selective_amnesia_holds(problem):
+    F = fisher(problem, n=4)
     assert all((f >= 0).all() for f in F) and flat(F).sum() > 0
     model, request, retain = setting()
-    task.form.restore()
+    problem.parametrization.restore()
     loose, held = (unlearn(model, [request], retain, replace(RAW, steps=6), method=partial(selective_amnesia, lam=lam)).delta for lam in (0., 1e8))
     weight = {k: f.sqrt() for k, f in zip(dict(model.net.named_parameters()), F)}
     assert norm([weight[k]*held[k].float() for k in held]) < .8*norm([weight[k]*loose[k].float() for k in loose])
 
 
-def test_a_cut_loss_pulls_no_further_than_its_cut(task):
-    states = ordinary(task.denoiser, task.x_f, 4, gen())
-    loss, g = task.gradient(states, unit_eps, cut_loss(1e-9))
+def test_a_cut_loss_pulls_no_further_than_its_cut(problem):
+    states = ordinary(problem.denoiser, problem.x_f, 4, gen())
+    loss, g = problem.gradient(states, unit_eps, cut_loss(1e-9))
     assert loss == pytest.approx(-1e-9, rel=.05) and flat(g).abs().max() == 0
-    loss, g = task.gradient(states, unit_eps, cut_loss(1e9))
-    ascent = task.gradient(states, unit_eps)
+    loss, g = problem.gradient(states, unit_eps, cut_loss(1e9))
+    ascent = problem.gradient(states, unit_eps)
     assert loss == pytest.approx(-ascent[0], rel=1e-4)
     assert_close(flat(g), -flat(ascent[1]), rtol=1e-4, atol=1e-6)
 
 
-def test_climbing_is_minus_descending(task):
-    d, _ = neggrad(task)(1, gen(1))
-    _, g = task.gradient(ordinary(task.denoiser, task.x_f, 8, gen(1)), unit_eps)
+def test_climbing_is_minus_descending(problem):
+    d, _ = neggrad(problem)(1, gen(1))
+    _, g = problem.gradient(ordinary(problem.denoiser, problem.x_f, 8, gen(1)), unit_eps)
     assert_close(flat(d), -flat(g))
 
 
-def test_no_edit_points_at_a_kept_picture(task, monkeypatch):
+def test_no_edit_points_at_a_kept_picture(problem, monkeypatch):
     seen = []
     monkeypatch.setattr(baselines, "edit_weigh_project", seen.append)
-    no_edit(task)
-    assert any(torch.equal(seen[0].x_s[0], x) for x in pictures(task.retain)) and torch.equal(seen[0].own.goal[0, 0], seen[0].x_s[0])
-    assert torch.equal(seen[0].x_f, task.x_f)
+    no_edit(problem)
+    assert any(torch.equal(seen[0].x_s[0], x) for x in pictures(problem.retain)) and torch.equal(seen[0].own.goal[0, 0], seen[0].x_s[0])
+    assert torch.equal(seen[0].x_f, problem.x_f)
 
 
 # --- the same work for all ---
@@ -225,8 +231,8 @@ def test_a_rival_goes_on_bit_for_bit(name, tmp_path):
     "What a method remembers is in the checkpoint."
     model, request, retain = setting()
     cfg, method = replace(RAW, steps=12), METHODS[name][0]
-    def stopping(task):   # by its name the same method
-        direction = method(task)
+    def stopping(problem):   # by its name the same method
+        direction = method(problem)
         def stops(step, g):
             if step == 11: raise KeyboardInterrupt
             return direction(step, g)
@@ -244,7 +250,7 @@ def test_a_rival_goes_on_bit_for_bit(name, tmp_path):
 @pytest.mark.parametrize("name", ALL)
 def test_eight_settings_each(name):
     assert len(METHODS[name][1]) == len({json.dumps(s, sort_keys=True) for s in METHODS[name][1]}) == 8
-    assert name.startswith("ours") or all(s["whiten"] == 0 for s in METHODS[name][1])
+    assert name.startswith("ours") or all(s["damping"] == 0 for s in METHODS[name][1])
     assert "," not in name   # `--methods` splits there
 
 
@@ -261,8 +267,8 @@ def test_merit_follows_the_rule():
 def test_summary_and_table():
     m = summary([row((.8,), 30), row((1.2,), 34), {"diverged": "at step 1"}])
     assert m["F"] == pytest.approx(.9) and m["psnr_median"] == pytest.approx(32) and m["kid_change"] == pytest.approx(.01) and summary([{"diverged": ""}]) is None
-    lines = board_table({"a": {"setting": {"lr": 1., "whiten": 0.}, "rows": [row(psnr=20), row(psnr=21)]}, "ours": {"setting": {}, "rows": [row(), row()]}, "b": {"setting": {}, "rows": [{"diverged": ""}]}}).splitlines()
-    assert [line.split()[0] for line in lines[1:]] == ["ours", "a", "b"] and "lr=1" in lines[2] and "whiten" not in lines[2] and "diverged" in lines[3]
+    lines = board_table({"a": {"setting": {"lr": 1., "damping": 0.}, "rows": [row(psnr=20), row(psnr=21)]}, "ours": {"setting": {}, "rows": [row(), row()]}, "b": {"setting": {}, "rows": [{"diverged": ""}]}}).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["ours", "a", "b"] and "lr=1" in lines[2] and "damping" not in lines[2] and "diverged" in lines[3]
 
 
 @pytest.fixture
@@ -319,7 +325,7 @@ def searched(small, tmp_path, monkeypatch, score):
         F, psnr = score(setting["lr"], seed)
         return row((F,), psnr, seed=seed, setting=setting)
     monkeypatch.setattr(Board, "row", fake)
-    return compete(Board(small, tmp_path), "naive", (7, 8), (5,), echo=lambda line: None), runs
+    return tune_and_test(Board(small, tmp_path), "naive", (7, 8), (5,), echo=lambda line: None), runs
 
 
 def test_a_setting_that_diverges_loses_and_the_search_goes_on(small, tmp_path, monkeypatch):
@@ -328,7 +334,7 @@ def test_a_setting_that_diverges_loses_and_the_search_goes_on(small, tmp_path, m
         what = {"seed": seed, "setting": setting}
         return what | {"diverged": "at step 3"} if setting["lr"] >= rates[2] else row((.5,), 30., **what)
     monkeypatch.setattr(Board, "row", fake)
-    result = compete(Board(small, tmp_path), "naive", (7, 8), (5,), echo=said.append)
+    result = tune_and_test(Board(small, tmp_path), "naive", (7, 8), (5,), echo=said.append)
     assert result["setting"]["lr"] < rates[2] and sum("diverged" in line for line in said) == 2 and any("F 0.50, 30.0 dB" in line for line in said)
 
 
@@ -361,10 +367,10 @@ def test_short_keeps_five_digits(v):
 
 
 def test_every_coefficient_at_its_edge_is_taken_further():
-    tried = [{"lr": lr, "c": c, "whiten": 0.} for lr in (1., 2., 4.) for c in (12., 24.)]
-    assert further(tried, {"lr": 2., "c": 24., "whiten": 0.}) == [{"lr": 2., "c": 72., "whiten": 0.}]
-    assert further(tried, {"lr": 1., "c": 12., "whiten": 0.}) == [{"lr": 1/3, "c": 12., "whiten": 0.}, {"lr": 1., "c": 4., "whiten": 0.}]
-    assert further(tried + [{"lr": 1., "c": 5.}, {"lr": 1., "c": 40.}], {"lr": 2., "c": 24.}) == []
+    tried = [{"lr": lr, "c": c, "damping": 0.} for lr in (1., 2., 4.) for c in (12., 24.)]
+    assert beyond_edge(tried, {"lr": 2., "c": 24., "damping": 0.}) == [{"lr": 2., "c": 72., "damping": 0.}]
+    assert beyond_edge(tried, {"lr": 1., "c": 12., "damping": 0.}) == [{"lr": 1/3, "c": 12., "damping": 0.}, {"lr": 1., "c": 4., "damping": 0.}]
+    assert beyond_edge(tried + [{"lr": 1., "c": 5.}, {"lr": 1., "c": 40.}], {"lr": 2., "c": 24.}) == []
 
 
 def test_what_cannot_be_compared_is_refused(small, tmp_path):
@@ -375,7 +381,7 @@ def test_what_cannot_be_compared_is_refused(small, tmp_path):
 def test_a_run_that_diverges_is_a_row(small, tmp_path, monkeypatch):
     def explode(*_, **__): raise FloatingPointError("the gradient is not finite at step 0")
     monkeypatch.setattr(baselines, "unlearn", explode)
-    r = Board(small, tmp_path, budget=1).row("NegGrad", METHODS["NegGrad"][1][0], 5, False)
+    r = Board(small, tmp_path, budget=1).prompt_id("NegGrad", METHODS["NegGrad"][1][0], 5, False)
     assert "step 0" in r["diverged"] and merit([r]) == (-1., 0.) and not small.net._forward_hooks
 
 

@@ -14,8 +14,8 @@ from torch.testing import assert_close
 
 from unlearn_nb import bench, surgery
 from unlearn_nb.cli import main
-from unlearn_nb.hotfix import fingerprint
-from unlearn_nb.retain import generate
+from unlearn_nb.files import fingerprint
+from unlearn_nb.states import generate
 from unlearn_nb.unlearn import Config, unlearn
 
 SMALL = replace(TINY, retain_batch=6)
@@ -27,15 +27,15 @@ def loop():
     return bench.Loop(model, [request_of(model)], generate(model, range(4), 4), SMALL)
 
 
-@pytest.mark.parametrize("more", [{}, {"whiten": 0.}, {"surgery": "one_sided"}, {"rank": 2}, {"micro_batch": 3}], ids=str)
+@pytest.mark.parametrize("more", [{}, {"damping": 0.}, {"surgery": "one_sided"}, {"rank": 2}, {"micro_batch": 3}], ids=str)
 def test_the_timed_step_is_the_loops_step(more):
     model, cfg = tiny(), replace(SMALL, steps=1, **more)
     request, retain = request_of(model), generate(model, range(4), 4)
     fix = unlearn(model, [request], retain, cfg)
     loop = bench.Loop(model, [request], retain, cfg)
     loop.step(0)
-    delta = loop.form.delta()
-    loop.form.restore()
+    delta = loop.parametrization.delta()
+    loop.parametrization.restore()
     assert same(delta, fix.delta) and fingerprint(model) == fix.card["base"]["sha256"]
 
 
@@ -55,7 +55,7 @@ def test_a_summed_step_moves_as_a_plain_step(loop):
         model = tiny()
         some = bench.Loop(model, [request_of(model)], loop.retain, replace(SMALL, surgery="plain", lr=1e-4))
         move(some)
-        after.append(torch.cat([p.grad.flatten() for p in some.form.params]))
+        after.append(torch.cat([p.grad.flatten() for p in some.parametrization.params]))
     assert_close(*after, rtol=1e-3, atol=1e-5)
 
 
@@ -76,7 +76,7 @@ def test_backward_costs_two_forwards_and_a_step_all_states_once(loop):
     assert 2.8 * forward < both <= 3 * forward
     states = SMALL.forget_batch + SMALL.retain_batch
     assert bench.flops(lambda: bench.bare_step(loop)) == states * both
-    products = 2 * sum(w.numel() * (len(B.outputs) + len(B.places) + len(B.inputs)) for w, B in zip(loop.form.weights, loop.form.bases))
+    products = 2 * sum(w.numel() * (len(B.outputs) + len(B.places) + len(B.inputs)) for w, B in zip(loop.parametrization.weights, loop.parametrization.bases))
     assert bench.flops(loop.step) == states * both + 3 * products and bench.flops(lambda: bench.summed_step(loop)) == states * both + 2 * products
 
 
@@ -121,7 +121,7 @@ def test_backward_is_watched_too():
 
 
 def test_projecting_in_place_of_a_copy(loop):
-    g = [torch.ones_like(w) for w in loop.form.weights]
+    g = [torch.ones_like(w) for w in loop.parametrization.weights]
     size = sum(x.numel() * 4 for x in g)
     assert size <= bench.peak_memory(lambda: surgery.symmetric(g, g)) < 1.1 * size
 
@@ -166,7 +166,7 @@ def positive(v): return all(map(positive, v.values() if isinstance(v, dict) else
 def run():
     "A bench with the settings that CUDA gets, of a tiny model on the CPU: (weights before, model, result)."
     model = tiny()
-    return fingerprint(model), model, bench.bench(model, replace(SMALL, precision="bf16", whiten=0.), rounds=1)
+    return fingerprint(model), model, bench.bench(model, replace(SMALL, precision="bf16", damping=0.), rounds=1)
 
 
 def test_the_bench_of_a_tiny_model(run):
@@ -185,9 +185,9 @@ def test_the_bench_of_a_tiny_model(run):
 def test_a_lora_can_be_timed(loop):
     model = tiny()
     before = fingerprint(model)
-    lora = bench.Loop(model, [request_of(model)], loop.retain, replace(SMALL, rank=2, whiten=0.))
+    lora = bench.Loop(model, [request_of(model)], loop.retain, replace(SMALL, rank=2, damping=0.))
     result = bench.measure_step(lora, rounds=1)
-    lora.form.restore()
+    lora.parametrization.restore()
     assert positive({k: v for k, v in result.items() if k != "parts"}) and fingerprint(model) == before
 
 

@@ -27,7 +27,7 @@ CELLS = ["""from unlearn_nb.hotfix import fingerprint
 from unlearn_nb.studio import studio
 from unlearn_nb.unlearn import Config
 
-cfg = Config(steps=80, forget_batch=2, retain_batch=2, retain_images=2, near_images=0, sampling_steps=5, whiten=0., lr=1e-3)
+cfg = Config(steps=80, forget_batch=2, retain_batch=2, retain_images=2, near_images=0, sampling_steps=5, damping=0., lr=1e-3)
 view = studio("faces", seed=100, cfg=cfg)
 base = fingerprint(view.studio.model)
 view"""]

@@ -14,7 +14,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from small_pipelines import levels, pipeline, transformer, unet, vae
-from unlearn_nb.denoiser import PREDICTIONS, Denoiser, at_once, generators, randn, read_image
+from unlearn_nb.denoiser import PREDICTIONS, Denoiser, max_batch, read_image
+from unlearn_nb.schedule import generators, randn
 from unlearn_nb.zoo import words
 
 every_prediction = pytest.mark.parametrize('prediction', PREDICTIONS)
@@ -107,7 +108,7 @@ def test_step_is_ddim_step(prediction, clip_sample, eta):
     d, x_t, z = Denoiser(tiny_net(), theirs), normal(4, 3, 8, 8), normal(4, 3, 8, 8, seed=1)
     for steps in (1000, 50, 4):
         theirs.set_timesteps(steps)
-        assert theirs.timesteps.tolist() == d.times(999, steps).tolist()
+        assert theirs.timesteps.tolist() == d.timesteps(999, steps).tolist()
         for t in (999, 999 - 1000//steps, 1000//steps - 1):   # the first, the second, the last step
             with torch.no_grad(): out = d(x_t, torch.full((4,), t))
             expected = theirs.step(out, t, x_t, eta=eta, use_clipped_model_output=True, variance_noise=z)
@@ -169,7 +170,7 @@ def test_sampling_leaves_the_global_generator_alone():
 @given(start=st.integers(0, 999), steps=st.integers(1, 1200))
 @example(start=999, steps=3)
 def test_times_go_down_evenly(start, steps):
-    t = tiny().times(start, steps)
+    t = tiny().timesteps(start, steps)
     assert t[0] == start and t.dtype == torch.int64 and len(t) == min(steps, start + 1) and t[-1] >= 0
     gaps = -t.diff(append=torch.tensor([-1]))
     assert (gaps >= 1).all() and gaps.max() - gaps.min() <= 1
@@ -179,7 +180,7 @@ def test_times_are_trailing_spacing():
     d, theirs = tiny(), DDIMScheduler(timestep_spacing='trailing')
     for n in (1, 2, 3, 5, 7, 10, 16, 30, 50, 64, 99, 128, 250, 333, 500, 999, 1000):
         theirs.set_timesteps(n)
-        assert d.times(999, n).tolist() == theirs.timesteps.tolist()[:n], n
+        assert d.timesteps(999, n).tolist() == theirs.timesteps.tolist()[:n], n
 
 
 def test_path_visits_and_ends():
@@ -370,7 +371,7 @@ def flow(shift=3., **more): return Denoiser(flow_net(), FlowMatchEulerDiscreteSc
 def test_times_of_a_flow_are_the_schedulers(steps, shift):
     d, theirs = flow(shift), FlowMatchEulerDiscreteScheduler(shift=shift)
     theirs.set_timesteps(steps)
-    t = d.times(999, steps)
+    t = d.timesteps(999, steps)
     assert len(t) == steps and t[0] == 999
     assert_close(t + 1, theirs.timesteps, atol=1e-3, rtol=1e-6)
     assert_close(d.scales(t)[1].flatten(), theirs.sigmas[:-1], atol=1e-6, rtol=1e-6)
@@ -380,7 +381,7 @@ def test_times_of_a_flow_are_the_schedulers(steps, shift):
 @example(start=0, steps=50, shift=3.)
 @settings(max_examples=100)
 def test_times_of_a_flow_go_down(start, steps, shift):
-    t = flow(shift).times(start, steps)
+    t = flow(shift).timesteps(start, steps)
     assert abs(t[0] - start) < 1e-4 and 1 <= len(t) <= steps and (t.diff() < 0).all() and t[-1] > -1
     if start > 50: assert len(t) == steps      # the last level lies below, for every shift
 
@@ -390,7 +391,7 @@ def test_noise_and_step_of_a_flow_are_the_schedulers(shift):
     d, theirs = flow(shift), FlowMatchEulerDiscreteScheduler(shift=shift)
     x0, eps, out = (normal(3, 4, 8, 8, seed=k) for k in range(3))
     theirs.set_timesteps(7)
-    t = d.times(999, 7)
+    t = d.timesteps(999, 7)
     x_t = d.noise(x0, eps, t[[0, 3, 6]])
     assert_close(x_t, theirs.scale_noise(x0, theirs.timesteps[[0, 3, 6]], eps))
     assert_close(d.target(x_t[:1], x0[:1], t[:1]), eps[:1] - x0[:1])
@@ -441,11 +442,11 @@ def test_a_perfect_flow_reconstructs_perfectly(monkeypatch):
 def test_the_table_of_words():
     asked = []
     d = Denoiser(flow_net(), FlowMatchEulerDiscreteScheduler(), text=lambda prompts: asked.extend(prompts) or letters(prompts))
-    assert d.prompts == {'': 0} and d.row('') == 0 and d.row('abc') == 1 and d.row('cab') == 2 and d.row('abc') == 1 and asked == ['', 'abc', 'cab']
-    assert d.rows('cab', 3).tolist() == [2, 2, 2] and d.rows(['', 'abc'], 2).tolist() == [0, 1] and d.rows('', 1).dtype == torch.int64
+    assert d.prompts == {'': 0} and d.prompt_id('') == 0 and d.prompt_id('abc') == 1 and d.prompt_id('cab') == 2 and d.prompt_id('abc') == 1 and asked == ['', 'abc', 'cab']
+    assert d.prompt_ids('cab', 3).tolist() == [2, 2, 2] and d.prompt_ids(['', 'abc'], 2).tolist() == [0, 1] and d.prompt_ids('', 1).dtype == torch.int64
     for k, v in letters(['', 'abc', 'cab']).items(): assert torch.equal(d.table[k], v)
-    d.free_text()
-    assert d.row('abc') == 1 and d.sample([0], steps=1, prompt='abc').isfinite().all()
+    d.drop_text_encoders()
+    assert d.prompt_id('abc') == 1 and d.sample([0], steps=1, prompt='abc').isfinite().all()
 
 
 def test_free_text_lets_go_of_the_encoders():
@@ -455,13 +456,13 @@ def test_free_text_lets_go_of_the_encoders():
     d, ref = Denoiser(flow_net(), FlowMatchEulerDiscreteScheduler(), text=encoder), weakref.ref(encoder)
     del encoder
     assert ref() is not None
-    d.free_text(), gc.collect()
+    d.drop_text_encoders(), gc.collect()
     assert ref() is None
 
 
 def test_guidance():
     d, x, t = flow(), normal(2, 4, 8, 8), 700.
-    c, level, none = d.rows(['aab', 'ccc'], 2), d.level(700, 2), torch.zeros(2, dtype=torch.long)
+    c, level, none = d.prompt_ids(['aab', 'ccc'], 2), d.level(700, 2), torch.zeros(2, dtype=torch.long)
     with torch.no_grad():
         without, plain = d.clean(x, d(x, level, none), level), d.clean(x, d(x, level, c), level)
         assert_close(d.predict(x, t, c), plain, atol=0, rtol=0)   # 1: unguided, and asked once
@@ -570,7 +571,7 @@ def test_sdxl_is_told_the_size():
     (lambda: flow().sample([0], eta=.5, prompt=''), 'eta = 0.5'),
     (lambda: flow().sample([0], steps=0, prompt=''), 'steps = 0 makes no picture'),
     (lambda: flow().reconstruct(normal(1, 4, 8, 8), 999.5, [0], prompt=''), 'level t = 999.5 does not exist; this model has levels above -1 up to 999'),
-    (lambda: flow().times(-1, 5), 'level t = -1 does not exist'),
+    (lambda: flow().timesteps(-1, 5), 'level t = -1 does not exist'),
     (lambda: flow(vae=small_vae()).encode([Image.new('RGB', (8, 8))]), 'the image is 8 x 8 pixels, but this model makes 16 x 16; resize it first'),
     (lambda: flow(vae=vae(3)), 'the VAE has latents of 3 channels, but the net wants 4'),
     (lambda: flow(text=None), 'a SD3Transformer2DModel wants words'),
@@ -587,7 +588,7 @@ def test_errors_of_words_and_latents(act, words):
 
 def test_an_unknown_prompt_after_free_text():
     d = flow()
-    d.row('abc'), d.free_text()
+    d.prompt_id('abc'), d.drop_text_encoders()
     with pytest.raises(ValueError) as e: d.sample([0], prompt='new')
     assert str(e.value) == "prompt 'new' is not in the table, and the text encoders are gone; known prompts: '', 'abc'"
 
@@ -600,4 +601,4 @@ def test_says_what_it_is_with_words():
 @pytest.mark.parametrize("shape, words, n", [((3, 32, 32), False, 64), ((3, 256, 256), False, 16), ((16, 128, 128), True, 8), ((16, 64, 64), True, 32), ((3, 2048, 2048), False, 1)])
 def test_large_pictures_go_through_the_net_a_few_at_a_time(shape, words, n):
     denoiser = SimpleNamespace(shape=shape, prompts={"": 0} if words else {})
-    assert at_once(denoiser, 64) == n and at_once(denoiser, 1) == 1
+    assert max_batch(denoiser, 64) == n and max_batch(denoiser, 1) == 1

@@ -12,12 +12,16 @@ from torch.testing import assert_close
 from small_pipelines import pipeline
 from test_unlearn import setting
 from test_words import SMALL, denoiser_of, request_of
-from unlearn_nb.erasers import AS_TRAINED, PARTS, concept_ablation, erased_states, esd, layers_of_words, map_of_words, sees_words, uce
-from unlearn_nb.hotfix import Hotfix, fingerprint
-from unlearn_nb.unlearn import Full, Task, default_retain, unlearn
+from unlearn_nb.erasers import (AS_TRAINED, PARTS, concept_ablation, erased_states, esd, layers_of_words,
+                                map_of_words, sees_words, uce)
+from unlearn_nb.files import fingerprint
+from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.parametrization import Full
+from unlearn_nb.states import default_retain
+from unlearn_nb.unlearn import Problem, unlearn
 from unlearn_nb.weights import get
 
-RAW = replace(SMALL, whiten=0., steps=3, near_images=0, retain_images=2)
+RAW = replace(SMALL, damping=0., steps=3, near_images=0, retain_images=2)
 KINDS = {'sd3': ('sd3',), 'sd': ('sd', 'epsilon'), 'v': ('sd', 'v_prediction'), 'sdxl': ('sdxl', 'epsilon')}
 seeds = st.integers(0, 2**31)
 
@@ -26,10 +30,10 @@ def denoiser(kind, guidance=3.): return denoiser_of(pipeline(*KINDS[kind]), guid
 
 
 @pytest.fixture
-def task():
+def problem():
     d = denoiser('sd')
     form = Full(d, {})
-    yield Task(d, torch.zeros(1, *d.shape), torch.zeros(1, *d.shape), None, None, form, RAW, PartialState(), d.rows('red flag', 1))
+    yield Problem(d, torch.zeros(1, *d.shape), torch.zeros(1, *d.shape), None, None, form, RAW, PartialState(), d.prompt_ids('red flag', 1))
     form.restore()
 
 
@@ -74,7 +78,7 @@ def test_the_old_prompt_is_answered_as_the_new_one_and_the_kept_one_as_before(ki
     d, base = denoiser(kind), fingerprint(denoiser(kind))
     x_t, t = torch.randn(3, *d.shape, generator=torch.Generator().manual_seed(0)), torch.tensor([100, 500, 900])
     @torch.no_grad()
-    def ask(p): return d(x_t, t, d.rows(p, 3))
+    def ask(p): return d(x_t, t, d.prompt_ids(p, 3))
     was = {p: ask(p) for p in ('red', 'flag', '')}
     fix = uce(d, 'red', 'flag', lam=1e-3)
     assert {f'{k}.weight' for k in layers_of_words(d)} == fix.delta.keys() and fix.card['config']['new'] == "['flag']" and fix.card['method'] == 'uce'
@@ -109,7 +113,7 @@ def test_the_goal_of_esd_is_its_formula_in_what_the_net_puts_out(kind):
     d = denoiser(kind)
     for eta in (0., 1., 2.5):
         states = erased_states(d, ['red', 'flag'], 3, 4, eta)
-        assert states.c.tolist() == d.rows(['red', 'flag', 'red'], 3).tolist() and states.free is None
+        assert states.c.tolist() == d.prompt_ids(['red', 'flag', 'red'], 3).tolist() and states.uncond is None
         for s, t in enumerate(states.levels):
             x_t, level = states.x_t[:, s], t.expand(3)
             with torch.no_grad(): out, free = d(x_t, level, states.c), d(x_t, level, torch.zeros_like(states.c))
@@ -118,7 +122,7 @@ def test_the_goal_of_esd_is_its_formula_in_what_the_net_puts_out(kind):
 
 @pytest.mark.parametrize('prediction', AS_TRAINED)
 def test_the_weight_is_one_on_the_error_of_the_output(prediction):
-    from unlearn_nb.denoiser import GAIN
+    from unlearn_nb.schedule import GAIN
     s = torch.linspace(.1, .9, 9)
     a = 1 - s if prediction == 'flow' else (1 - s*s).sqrt()
     assert_close(get(AS_TRAINED[prediction])((a/s)**2)*GAIN[prediction](a, s)**2, torch.ones(9))
@@ -126,9 +130,9 @@ def test_the_weight_is_one_on_the_error_of_the_output(prediction):
 
 # --- Concept Ablation ---
 
-def test_an_anchor_that_is_the_prompt_asks_for_nothing(task):
+def test_an_anchor_that_is_the_prompt_asks_for_nothing(problem):
     def first(anchor):
-        gradient, log = concept_ablation(task, anchor, keep=0.)(0, torch.Generator().manual_seed(0))
+        gradient, log = concept_ablation(problem, anchor, keep=0.)(0, torch.Generator().manual_seed(0))
         return log['forget'], flat(gradient).norm().item()
     (loss, norm), (other_loss, other_norm) = first('red flag'), first('a')
     assert loss < 1e-9 < other_loss and norm < 1e-3*other_norm
@@ -136,9 +140,9 @@ def test_an_anchor_that_is_the_prompt_asks_for_nothing(task):
 
 # --- what moves ---
 
-def test_a_part_moves_its_weights_and_no_others(task):
-    method = {p: esd(task, p)(0, torch.Generator().manual_seed(0))[0] for p in PARTS}
-    for name, words, rest, both in zip(task.form.names, *method.values()):
+def test_a_part_moves_its_weights_and_no_others(problem):
+    method = {p: esd(problem, p)(0, torch.Generator().manual_seed(0))[0] for p in PARTS}
+    for name, words, rest, both in zip(problem.parametrization.names, *method.values()):
         assert not (rest if '.attn2.' in name else words).any() and torch.equal(words if '.attn2.' in name else rest, both)
     assert all(flat(g).any() for g in method.values())
 
@@ -150,11 +154,11 @@ def test_the_side_of_the_words_in_joint_attention():
     assert not sees_words(d, 'transformer_blocks.0.attn2.to_k.weight')     # of SD 3.5, where pictures look at pictures
 
 
-@pytest.mark.parametrize('kind, form', [('sd3', dict(lr=1e-2)), ('sd', dict(rank=2, whiten=0., lr=3e-2)), ('sdxl', dict(lr=3e-2))])
+@pytest.mark.parametrize('kind, form', [('sd3', dict(lr=1e-2)), ('sd', dict(rank=2, damping=0., lr=3e-2)), ('sdxl', dict(lr=3e-2))])
 def test_esd_runs_in_the_loop_and_the_base_comes_back(kind, form):
     d, cfg = denoiser(kind), replace(RAW, steps=12, forget_batch=8, retain_batch=8, **form)
     request, base = request_of(d), fingerprint(d)
-    fix = unlearn(d, [request], default_retain(d, [request], RAW), cfg, method=esd)
+    fix = unlearn(d, [request], default_retain(d, [request], **retain_settings(RAW)), cfg, method=esd)
     losses = [line['forget'] for line in fix.card['log']]
     assert fingerprint(d) == base and sum(losses[-4:]) < sum(losses[:4])
     moved = {k for k, v in fix.delta.items() if v.any() and 'lora_A' not in k}
@@ -179,10 +183,10 @@ def test_a_model_without_words_is_refused(method):
     with pytest.raises(ValueError, match='makes pictures without words'): uce(model, 'red', 'flag')
 
 
-def test_what_is_missing_or_unknown_is_refused(task):
-    d = task.denoiser
-    with pytest.raises(ValueError, match='Concept Ablation needs an anchor'): concept_ablation(task)
-    with pytest.raises(ValueError, match="part 'attn' is not known; expected one of words, rest, all"): esd(task, 'attn')
+def test_what_is_missing_or_unknown_is_refused(problem):
+    d = problem.denoiser
+    with pytest.raises(ValueError, match='Concept Ablation needs an anchor'): concept_ablation(problem)
+    with pytest.raises(ValueError, match="part 'attn' is not known; expected one of words, rest, all"): esd(problem, 'attn')
     with pytest.raises(ValueError, match='not guided'): erased_states(denoiser('sd', 1.), ['red'], 1, 2, 1.)
     with pytest.raises(ValueError, match='1 old prompts and 2 new ones'): uce(d, 'red', ['flag', 'a'])
     with pytest.raises(ValueError, match='lam is 0; it must be above 0'): uce(d, 'red', 'flag', lam=0)

@@ -11,7 +11,8 @@ from PIL import Image
 from torch.testing import assert_close
 from torchmetrics.functional.classification import binary_auroc
 
-from unlearn_nb.faces import BEARD, GLASSES, HAIR, FaceDescriptor, Identity, Scene, draw, face_descriptor, grid, mask, sample_identity, sample_scene, to_tensor, vary
+from unlearn_nb.faces import (BEARD, GLASSES, HAIR, FaceDescriptor, Identity, Scene, draw, face_descriptor, grid,
+                              mask, sample_identity, sample_scene, to_tensor, vary)
 
 TRAITS = [f.name for f in fields(Identity)]
 PARTS = ('face', 'hair', 'eyes', 'mouth', 'brows', 'nose', 'beard', 'glasses', 'body')

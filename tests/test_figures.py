@@ -1,4 +1,4 @@
-"Room `figures`: colours that everybody can tell apart, pictures whose pixels stay pixels, films that are what they were made of."
+"module `figures`: colours that everybody can tell apart, pictures whose pixels stay pixels, films that are what they were made of."
 from io import BytesIO
 
 import matplotlib

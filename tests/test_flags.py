@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unlearn_nb.faces import to_tensor
-from unlearn_nb.flags import (CAPTIONS, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption, describe_flag, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
-    training_set)
+from unlearn_nb.flags import (CAPTIONS, ERRORS, FLAGS, LOOKS_LIKE, Flag, FlagClassifier, Scene, caption,
+                              describe_flag, draw, flag_classifier, flat, read_flag, sample_scene, train_classifier,
+                              training_set)
 
 NAMES = list(FLAGS)
 UNSEEN = 3 * 2**32   # no model of ours was trained on scenes from here on

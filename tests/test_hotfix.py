@@ -21,7 +21,8 @@ from conftest import ROOT
 from test_denoiser import tiny_net
 from unlearn_nb import hotfix as room
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.hotfix import PARTS, Hotfix, change, changed, fingerprint, write
+from unlearn_nb.files import fingerprint, write
+from unlearn_nb.hotfix import PARTS, Hotfix, change, changed
 
 DTYPES = pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
 

@@ -23,8 +23,9 @@ from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.faces import draw, sample_identity, sample_scene, to_tensor
-from unlearn_nb.metrics import (arcface, bits_per_dim, denoising_error, describe, drift, frechet, interval, kid, log_likelihood, lpips, precision_recall, psnr,
-                                reconstruction_curve, relative_forgetting, similarity, sscd, ssim, subsets)
+from unlearn_nb.metrics import (arcface, bits_per_dim, denoising_error, describe, drift, frechet, interval, kid,
+                                log_likelihood, lpips, precision_recall, psnr, reconstruction_curve,
+                                relative_forgetting, similarity, sscd, ssim, subsets)
 from unlearn_nb.zoo import load
 
 seeds = st.integers(0, 2**31)

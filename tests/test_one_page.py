@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from conftest import ROOT
-from unlearn_nb.retain import generate
-from unlearn_nb.unlearn import Config, Request, unlearn
+from unlearn_nb.states import generate
+from unlearn_nb.states import Request
+from unlearn_nb.unlearn import Config, unlearn
 from unlearn_nb.zoo import load
 
 CELLS = [''.join(c['source']) for c in json.loads((ROOT/'nbs/method_on_one_page.ipynb').read_text(encoding='utf-8'))['cells'] if c['cell_type'] == 'code']
@@ -40,7 +41,7 @@ def test_it_gives_the_numbers_of_the_package(page):
     assert torch.equal(model.encode([request.image, request.surrogate]), torch.cat([page['x_f'], page['x_s']]))
     retain = generate(model, range(100_000, 100_024), 25)
     assert torch.allclose(retain.x_t, page['x_r'], atol=1e-4) and torch.allclose(retain.goal, page['goal_r'], atol=1e-4)
-    unlearn(model, [request], retain, Config(steps=STEPS, lr=LR, forget_batch=4, retain_batch=12, whiten=0.)).apply(model)
+    unlearn(model, [request], retain, Config(steps=STEPS, lr=LR, forget_batch=4, retain_batch=12, damping=0.)).apply(model)
     ours, plain = model.sample(SEEDS, 25), page['unlearn'](page['symmetric'], STEPS, LR)
     moved = (plain - page['before']).square().mean().sqrt()
     assert moved > .02 and (plain - ours).square().mean().sqrt() < .01 * moved

@@ -7,9 +7,11 @@ from test_unlearn import TINY, request_of, tiny
 from torch.testing import assert_close
 
 from unlearn_nb import report
-from unlearn_nb.hotfix import Hotfix, fingerprint
+from unlearn_nb.files import fingerprint
+from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.metrics import similarity
-from unlearn_nb.unlearn import Request, unlearn
+from unlearn_nb.states import Request
+from unlearn_nb.unlearn import unlearn
 
 KEYS = dict(report=["schema", "passed", "rule", "base", "requests", "config", "forget", "earlier", "preserve", "quality", "cost", "audit", "versions"],
             base=["id", "revision", "sha256"], request=["forget_sha256", "surrogate_sha256", "seed", "prompt"],

@@ -13,7 +13,8 @@ from torch.testing import assert_close
 
 from test_denoiser import every_prediction, tiny, tiny_net
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.retain import Moments, States, draw, generate, moments, nearest, noised, whitening
+from unlearn_nb.directions import Factors, layer_factors, eigenbases
+from unlearn_nb.states import States, draw, generate, nearest, noised
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
 
@@ -36,7 +37,7 @@ def test_the_path_ends_at_the_sample(prediction, clip_sample):
     p = generate(d, seeds, steps=6)
     assert torch.equal(p.x0, d.sample(seeds, steps=6))
     assert p.x_t.shape == p.goal.shape == (3, 6, 3, 8, 8) and not p.x0.requires_grad
-    assert p.levels.tolist() == d.times(d.T - 1, 6).tolist()
+    assert p.levels.tolist() == d.timesteps(d.T - 1, 6).tolist()
 
 
 def test_other_seeds_and_steps_end_elsewhere():
@@ -263,7 +264,7 @@ def passing(net, x):
 def test_moments_are_those_of_what_passes(n):
     "Brute force: all that enters, all patches, and the gradient of random errors for all that leaves, one state after another."
     d, retain = toy()
-    A, net, sums = moments(d, retain, lambda snr: 4*snr**2, n, seed=3), d.net, {}
+    A, net, sums = layer_factors(d, retain, lambda snr: 4*snr**2, n, seed=3), d.net, {}
     assert set(A) == {f'{k}.weight' for k in RAN}
     def add(key, a): sums[key] = sums.get(key, 0) + a
     g = gen(3)
@@ -287,7 +288,7 @@ def test_a_change_is_noticed_in_proportion_to_the_moments():
     "What they are for: in a linear layer, where nothing is taken apart, a change D moves the output by tr(D A D^T) in the mean square."
     d, retain = toy()
     n, net = 6, d.net
-    A, (x_t, _, _) = moments(d, retain, n=n), draw(retain, n, gen())
+    A, (x_t, _, _) = layer_factors(d, retain, n=n), draw(retain, n, gen())
     for name in ('tokens', 'vector'):
         before, entered = net(x_t) is None or net.given[name], dict((k, v) for k, v, _ in passing(net, x_t))[name]
         weight = getattr(net, name).weight.data
@@ -304,7 +305,7 @@ def test_moments_of_a_net(dtype):
     d = Denoiser(deepcopy(tiny_net()).to(dtype), DDPMScheduler())
     retain = generate(d, range(2), steps=3)
     asked = [p.requires_grad for p in d.net.parameters()]
-    A, state = moments(d, retain, n=12), torch.get_rng_state()
+    A, state = layer_factors(d, retain, n=12), torch.get_rng_state()
     layers = {f'{k}.weight': m.weight for k, m in d.net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     assert {k: (len(v.outputs), len(v.inputs), len(v.places)) for k, v in A.items()} == {k: (*w.shape[:2], w[0, 0].numel()) for k, w in layers.items()}
     for a in (a for v in A.values() for a in vars(v).values()):
@@ -313,7 +314,7 @@ def test_moments_of_a_net(dtype):
         values = torch.linalg.eigvalsh(a)
         assert abs(values.mean() - 1) < 1e-4 and values[0] >= -1e-5*values[-1]
     def equal(A, B): return all(torch.equal(x, y) for k in A for x, y in zip(vars(A[k]).values(), vars(B[k]).values()))
-    assert equal(moments(d, retain, n=12), A) and not equal(moments(d, retain, n=12, seed=1), A)
+    assert equal(layer_factors(d, retain, n=12), A) and not equal(layer_factors(d, retain, n=12, seed=1), A)
     assert torch.equal(torch.get_rng_state(), state) and not hooks(d.net)
     assert [p.requires_grad for p in d.net.parameters()] == asked and all(p.grad is None for p in d.net.parameters())
 
@@ -321,16 +322,16 @@ def test_moments_of_a_net(dtype):
 def test_frozen_weights_stay_frozen():
     d, retain = toy()
     d.net.requires_grad_(False)
-    with torch.no_grad(): A = moments(d, retain, n=4)
+    with torch.no_grad(): A = layer_factors(d, retain, n=4)
     assert set(A) == {f'{k}.weight' for k in RAN} and not any(p.requires_grad for p in d.net.parameters())
 
 
 def test_no_hook_is_left_after_an_exception():
     d, retain = toy()
-    moments(d, retain, n=3)
+    layer_factors(d, retain, n=3)
     assert not hooks(d.net)
     d.net.tokens.forward = None   # fails in the middle of the net
-    with pytest.raises(TypeError): moments(d, retain, n=3)
+    with pytest.raises(TypeError): layer_factors(d, retain, n=3)
     assert not hooks(d.net)
 
 
@@ -345,17 +346,17 @@ def spectra(draw_from):
 @given(spectra(), spectra(), spectra(), st.sampled_from([1e-3, .01, 1., 100.]), st.integers(0, 99))
 @settings(max_examples=60)
 def test_whitening_makes_the_dear_directions_short(inputs, places, outputs, damping, seed):
-    B, weight = whitening({'a': Moments(inputs, places, outputs)}, damping)['a'], torch.zeros(len(outputs), len(inputs), len(places), 1)
+    B, weight = eigenbases({'a': Factors(inputs, places, outputs)}, damping)['a'], torch.zeros(len(outputs), len(inputs), len(places), 1)
     assert B.reach.shape == (len(outputs), len(places), len(inputs)) and 0 < B.reach.min() and abs(B.reach.max() - 1) < 1e-5
     v, g = torch.randn(B.reach.shape, generator=gen(seed)), torch.randn(weight.shape, generator=gen(seed + 1))
-    delta = B.change(v, weight)
-    assert_close((delta*g).sum(), (v*B.coordinates(g)).sum(), atol=1e-3, rtol=1e-3)   # the chain rule
+    delta = B.from_basis(v, weight)
+    assert_close((delta*g).sum(), (v*B.to_basis(g)).sum(), atol=1e-3, rtol=1e-3)   # the chain rule
     assert_close(delta.norm(), (v*B.reach).norm(), atol=1e-3, rtol=1e-3)              # directions of length 1, at right angles
     def price(d): return torch.einsum('ock,cb,kj,op,pbj->', d, inputs, places, outputs, d)
     for o, k, c in zip(*(torch.randint(size, (3,), generator=gen(seed)) for size in v.shape)):
         one = torch.zeros_like(v)
         one[o, k, c] = 1
-        d = B.change(one, weight)[..., 0]
+        d = B.from_basis(one, weight)[..., 0]
         used = price(d)/d.square().sum()   # the product of the three eigenvalues
         l = [B_.T[i] @ A @ B_.T[i] for B_, A, i in ((B.outputs, outputs, o), (B.places, places, k), (B.inputs, inputs, c))]
         assert_close(used, l[0]*l[1]*l[2], atol=1e-2, rtol=1e-2)
@@ -367,18 +368,18 @@ def test_whitening_makes_the_dear_directions_short(inputs, places, outputs, damp
 def test_limits_of_the_damping():
     "Much: all directions alike. None: what nothing uses is all that is left."
     one, A = torch.ones(1, 1), torch.diag(torch.tensor([0., 1., 2.]))
-    assert_close(whitening({'a': Moments(A, one, A)}, 1e8)['a'].reach, torch.ones(3, 1, 3), atol=1e-6, rtol=0)
-    reach = whitening({'a': Moments(A, one, one)}, 1e-12)['a'].reach
+    assert_close(eigenbases({'a': Factors(A, one, A)}, 1e8)['a'].reach, torch.ones(3, 1, 3), atol=1e-6, rtol=0)
+    reach = eigenbases({'a': Factors(A, one, one)}, 1e-12)['a'].reach
     assert reach[0, 0, 0] == 1 and reach[0, 0, 1:].max() < 1e-5
 
 
 def test_a_layer_that_nothing_passes_is_all_free():
     d, retain = toy()
-    silent = moments(d, retain, lambda snr: 0*snr, n=2)['conv.weight']
+    silent = layer_factors(d, retain, lambda snr: 0*snr, n=2)['conv.weight']
     assert_close(silent.outputs, torch.eye(4))
 
 
 @pytest.mark.parametrize('kind', ['inputs', 'places', 'outputs'])
 def test_what_is_not_finite_is_refused(kind):
     one = torch.ones(1, 1)
-    refused(lambda: whitening({'some.weight': Moments(**dict(inputs=one, places=one, outputs=one) | {kind: one*float('nan')})}), 'some.weight', 'not finite')
+    refused(lambda: eigenbases({'some.weight': Factors(**dict(inputs=one, places=one, outputs=one) | {kind: one*float('nan')})}), 'some.weight', 'not finite')

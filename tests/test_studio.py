@@ -13,8 +13,10 @@ from PIL import Image
 
 from test_unlearn import TINY, tiny
 from unlearn_nb import studio as room
-from unlearn_nb.hotfix import Hotfix, fingerprint
-from unlearn_nb.studio import EDITS, Stopped, Studio, Upload, View, Worker, curve, live, mask_from_cells, png, sentence, shade, swipe
+from unlearn_nb.files import fingerprint
+from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.studio import (EDITS, Stopped, Studio, Upload, View, Worker, curve, live, mask_from_cells, png,
+                               sentence, shade, swipe)
 from unlearn_nb.surrogates import read_mask
 from unlearn_nb.weights import WEIGHTS
 

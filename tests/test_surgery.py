@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torchjd.aggregation import GradVac, PCGrad
 
 from unlearn_nb import surgery
-from unlearn_nb.surgery import RULES, cagrad, combine, cosine, get, gram, one_sided, per_tensor, plain, products, subspace, symmetric, vaccine
+from unlearn_nb.surgery import (RULES, cagrad, combine, cosine, get, gram, one_sided, per_tensor, plain, products,
+                                subspace, symmetric, vaccine)
 
 def fresh_subspace(g_f, g_r): return subspace()(g_f, g_r)
 def subspace_of_one(g_f, g_r): return subspace(m=1)(g_f, g_r)

@@ -16,10 +16,11 @@ from torch.testing import assert_close
 
 from test_denoiser import every_prediction, tiny, tiny_net
 from unlearn_nb import faces
-from unlearn_nb.denoiser import Denoiser, generators, randn
+from unlearn_nb.denoiser import Denoiser
+from unlearn_nb.schedule import generators, randn
 from unlearn_nb.faces import draw, face_descriptor, sample_identity, sample_scene, to_tensor
-from unlearn_nb.surrogates import (attribute, check, compose, direction, ellipse, face_part, inpaint, instruct, invert, moved, neighbour, polygon, propose, read_mask,
-    rectangle, sdedit)
+from unlearn_nb.surrogates import (attribute, check, compose, direction, ellipse, face_part, inpaint, instruct,
+                                   invert, moved, neighbour, polygon, propose, read_mask, rectangle, sdedit)
 from unlearn_nb.zoo import load
 
 
@@ -148,7 +149,7 @@ def test_without_jumps_it_is_the_plain_loop():
     "What hotfixes were made with must stay what it is: the same random numbers in the same order."
     d, x, g = tiny('v_prediction'), noise(), generators([5])
     m = torch.from_numpy(array(half())).float()/255
-    x_t, times = randn(g, d.shape), d.times(999, 6).tolist()
+    x_t, times = randn(g, d.shape), d.timesteps(999, 6).tolist()
     with torch.no_grad():
         for t, t_next in zip(times, times[1:] + [-1]):
             x_t = d.step(x_t, d.predict(x_t, t), t, t_next, 1., randn(g, d.shape))
@@ -164,7 +165,7 @@ def test_at_every_level_the_state_has_the_noise_of_that_level(resample):
     d = Believer(lambda x_t, abar: torch.full_like(x_t, 166/127.5 - 1))
     y = inpaint(d, x, mask=half(32), steps=10, resample=resample)
     assert abs(array(y) - array(x)).max() <= 1
-    assert [t for t, _ in d.seen] == [t for t in d.times(999, 10).tolist() for _ in range(resample if t != d.times(999, 10)[-1] else 1)]
+    assert [t for t, _ in d.seen] == [t for t in d.timesteps(999, 10).tolist() for _ in range(resample if t != d.timesteps(999, 10)[-1] else 1)]
     for t, x_t in d.seen:
         a, s = (v.item() for v in d.scales(torch.tensor([t])))
         for part in (x_t[..., :16], x_t[..., 16:]):
@@ -239,7 +240,7 @@ def test_propose_takes_the_nearest_that_is_somebody_else(limit):
 def test_sdedit_starts_from_the_noised_image():
     d = Believer(lambda x_t, abar: torch.zeros_like(x_t), size=8)
     sdedit(d, noise(), seed=3, t=400, steps=4)
-    assert [t for t, _ in d.seen] == d.times(400, 4).tolist()
+    assert [t for t, _ in d.seen] == d.timesteps(400, 4).tolist()
     assert_close(d.seen[0][1], d.noise(d.encode([noise()]), randn(generators([3]), d.shape), torch.tensor([400])))
 
 
@@ -282,7 +283,7 @@ def test_a_direction_is_the_difference_of_mean_activations():
     with torch.no_grad():
         for images in (plus, minus): d(d.noise(d.encode(images), randn(generators([6, 7]), d.shape), t), t)
     handle.remove()
-    assert d.times(999, 5).tolist()[2] == 599 and len(along) == 5
+    assert d.timesteps(999, 5).tolist()[2] == 599 and len(along) == 5
     assert_close(along[2], seen[0].mean(0) - seen[1].mean(0))
     assert_close(direction(d, minus, plus, seed=6, steps=5), -along)
     assert not direction(d, plus, plus, steps=2).any()
@@ -419,7 +420,7 @@ def test_limits_and_descriptor_can_be_given():
     a, b = to_tensor([x, y]).flatten(1)
     assert c.similarity == pytest.approx((a @ b/a.norm()/b.norm()).item(), abs=1e-5) and c.background == math.inf
     def words(**kw): return [w.split()[0] for w in check(x, y, **kw).warnings]
-    assert words(alike=1, large=9, quiet=0) == [] and words(alike=-1, large=0, quiet=99) == ['similarity', 'rmse', 'the']
+    assert words(max_similarity=1, max_rmse=9, min_background_psnr=0) == [] and words(max_similarity=-1, max_rmse=0, min_background_psnr=99) == ['similarity', 'rmse', 'the']
 
 
 def test_the_heat_is_where_they_differ():

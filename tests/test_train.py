@@ -18,7 +18,8 @@ from torch.testing import assert_close
 from conftest import ROOT
 from unlearn_nb import train as room
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.train import TrainConfig, contrastive_loss, couple_images, denoising_loss, folder_images, new_denoiser, train, train_descriptor, world_images
+from unlearn_nb.train import (TrainConfig, contrastive_loss, couple_images, denoising_loss, folder_images,
+                              new_denoiser, train, train_descriptor, world_images)
 from unlearn_nb.zoo import load
 
 TINY = dict(batch=4, channels=(16, 32), save_every=0.)

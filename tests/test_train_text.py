@@ -17,8 +17,9 @@ from transformers import CLIPTokenizer
 from conftest import ROOT
 from unlearn_nb.flags import CAPTIONS, FLAGS, caption, training_set
 from unlearn_nb.train import TrainConfig
-from unlearn_nb.train_text import (TextConfig, autoencoder_loss, encode_images, encode_text, flow_loss, flow_times, new_autoencoder, new_pipeline, new_tokenizer, normalise,
-    save_pipeline, token_ids, train_autoencoder, train_pipeline)
+from unlearn_nb.train_text import (TextConfig, autoencoder_loss, encode_images, encode_text, flow_loss, flow_times,
+                                   new_autoencoder, new_pipeline, new_tokenizer, normalise, save_pipeline, token_ids,
+                                   train_autoencoder, train_pipeline)
 
 EVERY = [caption(name, k) for name in FLAGS for k in range(len(CAPTIONS))]
 TINY = dict(batch=4, layers=2, heads=1, words=16, save_every=0.)

@@ -27,15 +27,19 @@ from torch.testing import assert_close
 from conftest import ROOT
 from unlearn_nb import surgery
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.hotfix import Hotfix, change, changed, fingerprint
-from unlearn_nb.retain import generate, moments, noised, whitening
-from unlearn_nb.unlearn import (Config, Full, Lora, Request, default_retain, forget_states, gradient, noised_states, own_states, still_forgotten, unlearn,
-                                x0_loss)
+from unlearn_nb.files import fingerprint
+from unlearn_nb.hotfix import Hotfix, change, changed
+from unlearn_nb.directions import layer_factors, eigenbases
+from unlearn_nb.states import generate, noised
+from unlearn_nb.parametrization import Full, Lora
+from unlearn_nb.states import Request, default_retain, forget_states, noised_states, own_paths, still_forgotten
+from unlearn_nb.unlearn import Config, gradient, unlearn
+from unlearn_nb.weights import x0_loss
 from unlearn_nb.weights import WEIGHTS, min_snr
 from unlearn_nb.zoo import load
 
 TINY = Config(weight="min_snr", lr=1.2e-3, steps=3, forget_batch=4, retain_batch=4, retain_images=3, near_images=0, sampling_steps=4)
-FORMS = {"whitened": {}, "full": dict(whiten=0.), "lora": dict(rank=2, whiten=0.), "whitened, as a lora": dict(rank=2)}
+FORMS = {"whitened": {}, "full": dict(damping=0.), "lora": dict(rank=2, damping=0.), "whitened, as a lora": dict(rank=2)}
 forms = pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
 predictions = pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 
@@ -55,7 +59,7 @@ def request_of(model, seed=5):
 @lru_cache
 def settings_of(prediction, threads):
     model = tiny(prediction)
-    (_, retain), = default_retain(model, [request := request_of(model)], TINY)
+    (_, retain), = default_retain(model, [request := request_of(model)], **retain_settings(TINY))
     return model, request, retain
 
 
@@ -145,7 +149,7 @@ def test_base_comes_back_bit_for_bit_and_the_hotfix_moves_it(form, precision):
 def test_every_prediction_comes_back(prediction):
     model = setting(prediction)[0]
     before = state_of(model)
-    assert any(v.any() for v in run(replace(TINY, whiten=0.), prediction).delta.values()) and state_of(model) == before
+    assert any(v.any() for v in run(replace(TINY, damping=0.), prediction).delta.values()) and state_of(model) == before
 
 
 @forms
@@ -208,9 +212,9 @@ def test_gradient_checkpointing_is_on_and_off_again():
     model, calls = setting()[0], []
     handle = model.net.down_blocks[0].resnets[0].register_forward_pre_hook(lambda *_: calls.append(torch.is_grad_enabled()))
     try:
-        plain, count = run(replace(TINY, whiten=0.)), calls.count(True)
+        plain, count = run(replace(TINY, damping=0.)), calls.count(True)
         calls.clear()
-        again = run(replace(TINY, whiten=0., gradient_checkpointing=True))
+        again = run(replace(TINY, damping=0., gradient_checkpointing=True))
         assert calls.count(True) == 2*count and not model.net.is_gradient_checkpointing
     finally: handle.remove()
     assert same(plain.delta, again.delta)
@@ -281,32 +285,32 @@ def test_own_paths_lead_to_their_own_surrogates():
     model, request, _ = setting()
     requests = [replace(request, seed=s) for s in (None, 7, 9)]
     x_s = torch.stack([torch.full((3, 8, 8), v) for v in (.1, .2, .3)])
-    own, path = own_states(model, requests, x_s, 4), generate(model, [7, 9], 4)
+    own, path = own_paths(model, requests, x_s, 4), generate(model, [7, 9], 4)
     assert torch.equal(own.x_t, path.x_t) and torch.equal(own.levels, path.levels)
     for k in range(2): assert torch.equal(own.goal[k], x_s[k + 1].expand(4, 3, 8, 8))
-    assert own_states(model, requests[:1], x_s[:1], 4) is None
+    assert own_paths(model, requests[:1], x_s[:1], 4) is None
 
 
 @pytest.mark.parametrize("share, count", [(0., 0), (.375, 3), (1., 8)])
 def test_share_of_the_own_path(share, count):
     model, request, _ = setting()
     x_f, x_s = model.encode([request.image]), model.encode([request.surrogate])
-    own, cfg = own_states(model, [request], x_s, 4), replace(TINY, forget_batch=8, own_share=share, way_share=0.)
+    own, cfg = own_paths(model, [request], x_s, 4), replace(TINY, forget_batch=8, path_share=share, mix_share=0.)
     x_t, t, goal = forget_states(model, x_f, x_s, own, cfg, gen())
     assert sum(any(torch.equal(x, y) for y in own.x_t[0]) for x in x_t) == count and len(x_t) == len(t) == 8
     assert torch.equal(goal, x_s.expand_as(goal))
     assert forget_states(model, x_f, x_s, None, cfg, gen())[0].shape == x_t.shape   # no seed: all of them noised
 
 
-@given(share=st.sampled_from([0., .5, 1.]), own_share=st.sampled_from([0., .375, 1.]), seed=st.integers(0, 99))
+@given(share=st.sampled_from([0., .5, 1.]), path_share=st.sampled_from([0., .375, 1.]), seed=st.integers(0, 99))
 @settings(max_examples=20)
-def test_states_on_the_way_are_moved_in_the_clean_image(share, own_share, seed):
+def test_states_on_the_way_are_moved_in_the_clean_image(share, path_share, seed):
     "Two requests of one grey each: the same draw with and without moving differs by a u (x_s - x_f) of its own request, u between 0 and 1, for that share of the states."
     model, request, _ = setting()
     requests = [replace(request, seed=s) for s in (7, 9)]
     x_f, x_s = model.sample([7, 9], 4), torch.stack([torch.full((3, 8, 8), v) for v in (.1, .2)])
-    own, cfg = own_states(model, requests, x_s, 4), replace(TINY, forget_batch=64, own_share=own_share)
-    still, moved = (forget_states(model, x_f, x_s, own, replace(cfg, way_share=v), gen(seed)) for v in (0., share))
+    own, cfg = own_paths(model, requests, x_s, 4), replace(TINY, forget_batch=64, path_share=path_share)
+    still, moved = (forget_states(model, x_f, x_s, own, replace(cfg, mix_share=v), gen(seed)) for v in (0., share))
     assert torch.equal(still[1], moved[1]) and torch.equal(still[2], moved[2])
     which = (moved[2][:, 0, 0, 0]*10).round().long() - 1
     step = model.scales(moved[1])[0]*(x_s - x_f)[which]
@@ -334,7 +338,7 @@ def test_several_requests_in_one(seeds):
 def test_requests_one_after_another(monkeypatch):
     model, _, retain = setting()
     requests, fixes, drawn, base = [request_of(model, s) for s in (5, 7, 9)], [], [], state_of(model)
-    from unlearn_nb.unlearn import draw
+    from unlearn_nb.states import draw
     monkeypatch.setattr("unlearn_nb.unlearn.draw", lambda retain, n, g: drawn.append(retain) or draw(retain, n, g))
     for k, request in enumerate(requests):
         drawn.clear()
@@ -366,7 +370,7 @@ def test_it_forgets_and_stays_forgotten():
     mark, x = fingerprint(model), model.sample([100, 7, 1003, 8], 10)
     images = model.decode(x)
     first, second = Request(images[0], images[1], 100), Request(images[2], images[3], 1003)
-    cfg = replace(TINY, steps=10, forget_batch=6, retain_batch=6, retain_images=4, sampling_steps=10, whiten=0.)
+    cfg = replace(TINY, steps=10, forget_batch=6, retain_batch=6, retain_images=4, sampling_steps=10, damping=0.)
     def away(k): return (model.reconstruct(x[k:k + 1], 250, range(2), 5) - x[k + 1]).square().mean().item()   # from the surrogate of image k
     before = away(0), away(2)
     one = unlearn(model, [first], cfg=cfg)
@@ -387,12 +391,12 @@ def test_it_forgets_and_stays_forgotten():
 
 def test_by_default_a_third_is_near_the_forget_image():
     model, request, _ = setting()
-    (two, every), (one, near) = default_retain(model, [request], replace(TINY, near_images=2, pool=6))
+    (two, every), (one, near) = default_retain(model, [request], **retain_settings(replace(TINY, near_images=2, pool=6)))
     pool = model.sample(range(200_000, 200_006), 4)
     far = (pool - model.encode([request.image])).square().flatten(1).mean(1)
     assert (two, one) == (2, 1) and near.x0.shape[0] == 2
     for x in near.x0: assert (pool - x).abs().flatten(1).amax(1).argmin().item() in far.argsort()[:2].tolist()
-    twice = default_retain(model, [request, replace(request, image=request.surrogate, seed=None)], replace(TINY, near_images=2, pool=6))[1][1]
+    twice = default_retain(model, [request, replace(request, image=request.surrogate, seed=None)], **retain_settings(replace(TINY, near_images=2, pool=6)))[1][1]
     assert 1 <= len(twice.x0) <= 2
 
 
@@ -431,16 +435,16 @@ def test_retain_states_are_kept_in_a_folder(tmp_path, monkeypatch):
 def test_pull_is_the_transpose_of_push():
     "<push(V), G> = <V, pull(G)> whatever V and G: the chain rule."
     model, _, retain = setting()
-    for bases in (whitening(moments(model, retain, n=8)), {}):
+    for bases in (eigenbases(layer_factors(model, retain, n=8)), {}):
         form = Full(model, bases)
         assert set(form.names) == (set(bases) or set(dict(model.net.named_parameters())))
         V, G = ([torch.randn(x.shape, generator=gen(k)) for x in tensors] for k, tensors in enumerate((form.params, form.weights)))
         with torch.no_grad():
             for v, value in zip(form.params, V): v.copy_(value)
-        form.push()
+        form.write_weights()
         moved = [(w.detach() - w0).double() for w, w0 in zip(form.weights, form.base)]
         form.restore()
-        a, b = (sum((x.double()*y.double()).sum() for x, y in zip(*pair)) for pair in ((moved, G), (V, form.pull(G))))
+        a, b = (sum((x.double()*y.double()).sum() for x, y in zip(*pair)) for pair in ((moved, G), (V, form.project_gradients(G))))
         assert_close(a, b, rtol=1e-4, atol=1e-3)
 
 
@@ -459,7 +463,7 @@ def test_a_lora_hotfix_gives_what_its_adapter_gave(monkeypatch, rank):
     model, x_t, t = setting()[0], torch.randn(4, 3, 8, 8, generator=gen()), torch.tensor([5, 200, 600, 990])
     with torch.no_grad(): base = model(x_t, t)
     seen = caught(monkeypatch, Lora, lambda m: m(x_t, t))
-    fix = run(replace(TINY, steps=8, lr=1e-2, rank=rank, whiten=0.))
+    fix = run(replace(TINY, steps=8, lr=1e-2, rank=rank, damping=0.))
     layers = [f"{k}.weight" for k, m in model.net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
     assert changed(fix.delta) == sorted(layers) and all(v.dtype == torch.float16 for v in fix.delta.values())
     with on(model, fix), torch.no_grad(): now = model(x_t, t)
@@ -547,8 +551,8 @@ def test_a_micro_batch_changes_nothing(form, rule):
 
 
 SHARED = {name: replace(TINY, **kw) for name, kw in {
-    "whitened plain": dict(surgery="plain"), "lora plain": dict(rank=2, whiten=0., surgery="plain", micro_batch=1), "full symmetric": dict(whiten=0.),
-    "whitened symmetric": dict(forget_batch=5, retain_batch=7), "full plain": dict(whiten=0., surgery="plain", forget_batch=5, retain_batch=3)}.items()}
+    "whitened plain": dict(surgery="plain"), "lora plain": dict(rank=2, damping=0., surgery="plain", micro_batch=1), "full symmetric": dict(damping=0.),
+    "whitened symmetric": dict(forget_batch=5, retain_batch=7), "full plain": dict(damping=0., surgery="plain", forget_batch=5, retain_batch=3)}.items()}
 
 
 def shared_runs(folder):
@@ -622,17 +626,17 @@ def test_the_preset_fits_the_size_of_the_model():
 @pytest.mark.parametrize("change, says", [
     (dict(steps=0), "steps is 0"), (dict(lr=-1.), "lr is -1"), (dict(weight="heavy"), "heavy"), (dict(retain_weight="light"), "light"), (dict(surgery="brain"), "brain"),
     (dict(forget_batch=0), "forget_batch"), (dict(retain_batch=-1), "retain_batch"), (dict(micro_batch=0), "micro_batch"), (dict(retain_images=0), "retain_images"), (dict(sampling_steps=0), "sampling_steps"),
-    (dict(rank=-1), "rank is -1"), (dict(whiten=-.5), "whiten is -0.5"), (dict(own_share=-.1), "own_share is -0.1"), (dict(own_share=1.5), "own_share is 1.5"), (dict(own_share=float("nan")), "own_share is nan"), (dict(way_share=2.), "way_share is 2"),
+    (dict(rank=-1), "rank is -1"), (dict(damping=-.5), "whiten is -0.5"), (dict(path_share=-.1), "path_share is -0.1"), (dict(path_share=1.5), "path_share is 1.5"), (dict(path_share=float("nan")), "path_share is nan"), (dict(mix_share=2.), "mix_share is 2"),
     (dict(precision="fp8"), "fp8"), (dict(precision=None), "None"), (dict(t_max=0), "t_max is 0"), (dict(t_max=1001), "1000 levels"),
     (dict(clip=0.), "clip is 0"), (dict(clip=-1.), "clip is -1"), (dict(clip=float("nan")), "clip is nan"), (dict(lr=float("nan")), "lr is nan"),
-    (dict(whiten=float("nan")), "whiten is nan")])
+    (dict(damping=float("nan")), "whiten is nan")])
 def test_bad_settings_are_one_sentence(change, says, monkeypatch):
     "And before anything is computed."
     monkeypatch.setattr("unlearn_nb.unlearn.generate", lambda *_, **kw: pytest.fail("the model ran"))
     refused(lambda: run(replace(TINY, **change)), says)
 
 
-@pytest.mark.parametrize("change", [dict(t_max=1000), dict(t_max=1), dict(own_share=0.), dict(own_share=1.), dict(rank=100), dict(forget_batch=1, retain_batch=1)], ids=str)
+@pytest.mark.parametrize("change", [dict(t_max=1000), dict(t_max=1), dict(path_share=0.), dict(path_share=1.), dict(rank=100), dict(forget_batch=1, retain_batch=1)], ids=str)
 def test_settings_at_the_edge_work(change):
     fix = run(replace(TINY, **change))
     assert all(v.isfinite().all() for v in fix.delta.values()) and any(v.any() for v in fix.delta.values())
@@ -640,7 +644,7 @@ def test_settings_at_the_edge_work(change):
 
 def test_the_preset_is_a_preset():
     cfg = Config.t4(steps=2, sampling_steps=4, rank=2)
-    assert (cfg.steps, cfg.rank, cfg.forget_batch, cfg.whiten) == (2, 2, 4, 0) and len(run(cfg).card["log"]) == 2
+    assert (cfg.steps, cfg.rank, cfg.forget_batch, cfg.damping) == (2, 2, 4, 0) and len(run(cfg).card["log"]) == 2
 
 
 def test_bad_requests():
@@ -705,7 +709,7 @@ def test_what_fails_at_once_leaves_nothing_to_go_on_from(tmp_path):
 @pytest.mark.parametrize("call", [5, 12])
 def test_what_is_said_to_be_kept_is_kept(tmp_path, call):
     file = tmp_path/"run.safetensors"
-    message = refused(lambda: run(replace(LONG, whiten=0., weight=nan_at(call, [])), checkpoint=file), f"step {call - 1}", error=FloatingPointError)
+    message = refused(lambda: run(replace(LONG, damping=0., weight=nan_at(call, [])), checkpoint=file), f"step {call - 1}", error=FloatingPointError)
     assert "the steps before it are kept" in message and "another checkpoint" in message and step_of(file) == call - 1
 
 
@@ -723,27 +727,27 @@ def test_gone_on_bit_for_bit(tmp_path, form, rule):
     assert step_of(file) == 12 and state_of(model) == before
 
 
-OTHER = dict(steps=4, forget_batch=5, retain_batch=5, micro_batch=5, lr=2e-3, weight="unit_eps", retain_weight="unit_x0", surgery="plain", whiten=.5, rank=1, t_max=300, levels="uniform", own_share=.75, way_share=.25,
+OTHER = dict(steps=4, forget_batch=5, retain_batch=5, micro_batch=5, lr=2e-3, weight="unit_eps", retain_weight="unit_x0", surgery="plain", damping=.5, rank=1, t_max=300, levels="uniform", path_share=.75, mix_share=.25,
     retain_images=4, near_images=1, pool=5, sampling_steps=5, clip=2., precision="bf16", gradient_checkpointing=True, seed=1)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     file = tmp_path_factory.mktemp("finished")/"run.safetensors"
-    run(replace(TINY, whiten=0.), checkpoint=file)
+    run(replace(TINY, damping=0.), checkpoint=file)
     return file
 
 
 @pytest.mark.parametrize("name", [f.name for f in fields(Config)])
 def test_a_run_with_another_setting_is_refused(finished, name):
     data, before = finished.read_bytes(), state_of(setting()[0])
-    refused(lambda: run(replace(TINY, **dict(whiten=0.) | {name: OTHER[name]}), checkpoint=finished), repr(name), finished)
+    refused(lambda: run(replace(TINY, **dict(damping=0.) | {name: OTHER[name]}), checkpoint=finished), repr(name), finished)
     assert finished.read_bytes() == data and state_of(setting()[0]) == before
 
 
 def test_a_run_about_something_else_is_refused(finished):
     model, request, retain = setting()
-    cfg, data = replace(TINY, whiten=0.), finished.read_bytes()
+    cfg, data = replace(TINY, damping=0.), finished.read_bytes()
     def refuses(word, model=model, requests=(request,), retain=retain, **kw): refused(lambda: unlearn(model, list(requests), retain, cfg, checkpoint=finished, **kw), word, finished)
     refuses("'weights of the model'", model=tiny(seed=1))
     for other in (replace(request, seed=6), replace(request, image=request.surrogate), replace(request, surrogate=request.image)): refuses("'requests'", requests=[other])
@@ -767,9 +771,9 @@ def test_a_run_goes_on_with_other_threads(tmp_path, one_thread):
 def test_a_run_with_another_mix_of_what_must_stay_is_refused(tmp_path, other):
     model, request, retain = setting()
     more = generate(model, [1], 4)
-    def go(mix): return unlearn(model, [request], mix, replace(TINY, whiten=0.), checkpoint=tmp_path/"run.safetensors")
+    def go(mix): return unlearn(model, [request], mix, replace(TINY, damping=0.), checkpoint=tmp_path/"run.safetensors")
     mixes = {"shares": [(2, retain), (1, more)], "levels": [(1, replace(retain, levels=retain.levels - 1)), (1, more)], "nested": [(1, [(1, retain), (1, more)]), (1, more)]}
-    if other == "nested": assert same(go(mixes[other]).delta, unlearn(model, [request], mixes[other], replace(TINY, whiten=0.)).delta)
+    if other == "nested": assert same(go(mixes[other]).delta, unlearn(model, [request], mixes[other], replace(TINY, damping=0.)).delta)
     else: go([(1, retain), (1, more)])
     mixes["nested"] = [(1, [(1, retain), (3, more)]), (1, more)]
     refused(lambda: go(mixes[other]), "'what must stay'")
@@ -780,7 +784,7 @@ def test_a_truncated_checkpoint_is_refused(finished, tmp_path, size):
     file, data = tmp_path/"cut", finished.read_bytes()
     file.write_bytes(data[:int(size*len(data)) if size == .5 else size])
     before = state_of(setting()[0])
-    refused(lambda: run(replace(TINY, whiten=0.), checkpoint=file), file)
+    refused(lambda: run(replace(TINY, damping=0.), checkpoint=file), file)
     assert state_of(setting()[0]) == before
 
 
@@ -792,13 +796,13 @@ def test_a_foreign_file_is_refused(tmp_path, metadata):
     file = tmp_path/"foreign"
     save_file({"a": torch.zeros(3)}, file, metadata)
     data = file.read_bytes()
-    refused(lambda: run(replace(TINY, whiten=0.), checkpoint=file), file)
+    refused(lambda: run(replace(TINY, damping=0.), checkpoint=file), file)
     assert file.read_bytes() == data
 
 
 def test_something_else_than_a_checkpoint_is_refused(tmp_path):
     (tmp_path/"text").write_text("dear diary")
-    for file in (tmp_path/"text", tmp_path): refused(lambda: run(replace(TINY, whiten=0.), checkpoint=file), file)
+    for file in (tmp_path/"text", tmp_path): refused(lambda: run(replace(TINY, damping=0.), checkpoint=file), file)
     assert (tmp_path/"text").read_text() == "dear diary"
 
 

@@ -9,16 +9,20 @@ from torch.testing import assert_close
 
 from small_pipelines import pipeline
 from unlearn_nb import surrogates
-from unlearn_nb.denoiser import Denoiser, generators, randn
-from unlearn_nb.hotfix import Hotfix, fingerprint
+from unlearn_nb.denoiser import Denoiser
+from unlearn_nb.schedule import generators, randn
+from unlearn_nb.files import fingerprint
+from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.metrics import bits_per_dim, denoising_error, psnr, reconstruction_curve, similarity
 from unlearn_nb.report import evaluate, figure, table
-from unlearn_nb.retain import States, draw, generate, moments, nearest, noised, whitening
-from unlearn_nb.unlearn import SPREADS, Config, Request, default_retain, forget_states, own_states, steer, unlearn
+from unlearn_nb.directions import layer_factors, eigenbases
+from unlearn_nb.states import States, draw, generate, nearest, noised
+from unlearn_nb.states import SAMPLING, Request, default_retain, forget_states, own_paths, steer
+from unlearn_nb.unlearn import Config, unlearn
 from unlearn_nb.zoo import PIPELINES, load, words
 
 KINDS = [('sd3',), ('sd', 'epsilon'), ('sd', 'v_prediction'), ('sdxl', 'epsilon')]
-SMALL = Config(steps=6, forget_batch=4, retain_batch=6, retain_images=3, near_images=2, pool=4, sampling_steps=5, whiten=.01, weight='min_snr')
+SMALL = Config(steps=6, forget_batch=4, retain_batch=6, retain_images=3, near_images=2, pool=4, sampling_steps=5, damping=.01, weight='min_snr')
 
 
 def denoiser_of(pipe, guidance=3.):
@@ -45,18 +49,18 @@ def test_a_path_ends_where_the_sampler_does_and_holds_both_answers(denoiser):
     prompts = ['red flag', 'flag', '']
     path = generate(denoiser, range(3), 5, prompt=prompts)
     assert_close(path.x0, denoiser.sample(range(3), 5, prompt=prompts), rtol=1e-4, atol=1e-4)
-    assert path.c.tolist() == denoiser.rows(prompts, 3).tolist() and path.free.shape == path.goal.shape == path.x_t.shape
+    assert path.c.tolist() == denoiser.prompt_ids(prompts, 3).tolist() and path.uncond.shape == path.goal.shape == path.x_t.shape
     for s, t in enumerate(path.levels.tolist()):
-        assert_close(path.free[:, s] + denoiser.guidance * (path.goal[:, s] - path.free[:, s]), denoiser.predict(path.x_t[:, s], t, path.c), rtol=1e-3, atol=1e-3)
-    assert_close(path.free[2], path.goal[2], rtol=1e-4, atol=1e-4)      # of no words both answers are one
-    assert not torch.allclose(path.free[0], path.goal[0], rtol=1e-3)
+        assert_close(path.uncond[:, s] + denoiser.guidance * (path.goal[:, s] - path.uncond[:, s]), denoiser.predict(path.x_t[:, s], t, path.c), rtol=1e-3, atol=1e-3)
+    assert_close(path.uncond[2], path.goal[2], rtol=1e-4, atol=1e-4)      # of no words both answers are one
+    assert not torch.allclose(path.uncond[0], path.goal[0], rtol=1e-3)
 
 
 def test_without_guidance_there_is_one_answer(sd3):
     plain = denoiser_of(pipeline('sd3'), guidance=1.)
     path = generate(plain, range(2), 4, prompt='flag')
-    assert path.free is None and len(draw(path, 5, torch.Generator().manual_seed(0))) == 4
-    assert noised(plain, path.x0, 3, prompt='flag').free is None and noised(sd3, path.x0, 3, prompt='flag').free is not None
+    assert path.uncond is None and len(draw(path, 5, torch.Generator().manual_seed(0))) == 4
+    assert noised(plain, path.x0, 3, prompt='flag').uncond is None and noised(sd3, path.x0, 3, prompt='flag').uncond is not None
 
 
 def test_half_of_the_states_of_a_guided_model_are_without_words(sd3):
@@ -75,7 +79,7 @@ def test_a_mixed_list_of_states_with_and_without_words_is_refused(sd3):
 
 def test_moments_of_a_model_with_words_whiten_every_layer_that_runs(denoiser):
     path = generate(denoiser, range(2), 3, prompt='flag')
-    bases = whitening(moments(denoiser, path, n=8))
+    bases = eigenbases(layer_factors(denoiser, path, n=8))
     layers = {f'{k}.weight' for k, m in denoiser.net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))}
     assert bases.keys() <= layers and len(bases) > .8 * len(layers)
 
@@ -84,7 +88,7 @@ def test_default_retain_has_the_words_of_the_request_and_others(sd3, tmp_path):
     request = request_of(sd3)
     parts = default_retain(sd3, [request], SMALL, tmp_path, prompts=('a', 'b'))
     assert [share for share, _ in parts] == [2, 2, 1]
-    row = {p: sd3.row(p) for p in ('red flag', 'a', 'b')}
+    row = {p: sd3.prompt_id(p) for p in ('red flag', 'a', 'b')}
     assert parts[0][1].c.tolist() == [row['red flag']] * 3 and parts[1][1].c.tolist() == [row['a'], row['b'], row['a']] and set(parts[2][1].c.tolist()) == {row['red flag']}
     again = default_retain(sd3, [request], SMALL, tmp_path, prompts=('a', 'b'))     # from its files
     assert all(torch.equal(getattr(a, k), getattr(b, k)) for (_, a), (_, b) in zip(parts, again) for k in ('x_t', 'goal', 'c', 'free'))
@@ -100,20 +104,20 @@ def test_a_steered_answer_guides_to_the_goal(g, seed):
     d = denoiser_of(pipeline('sd3'), guidance=g)
     gen = torch.Generator().manual_seed(seed)
     x_t, goal = torch.randn(2, 3, *d.shape, generator=gen)
-    t, c = torch.randint(0, 1000, (3,), generator=gen), d.rows('red', 3)
+    t, c = torch.randint(0, 1000, (3,), generator=gen), d.prompt_ids('red', 3)
     _, _, aim, _ = steer(d, x_t, t, goal, c)
     free = d.clean(x_t, d(x_t, t, torch.zeros_like(c)), t).detach()
-    assert_close(d.clean(x_t, d.guide(d.target(x_t, aim, t), d.target(x_t, free, t)), t), goal, rtol=1e-3, atol=1e-3)
+    assert_close(d.clean(x_t, d.apply_cfg(d.target(x_t, aim, t), d.target(x_t, free, t)), t), goal, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize('levels', SPREADS)
+@pytest.mark.parametrize('levels', SAMPLING)
 def test_forget_states_carry_the_words_of_their_request(sd3, levels):
     requests = [request_of(sd3), request_of(sd3, 20, 'flag')]
     x_f, x_s = (sd3.encode([getattr(r, k) for r in requests]) for k in ('image', 'surrogate'))
-    own, c = own_states(sd3, requests, x_s, 5), sd3.rows(['red flag', 'flag'], 2)
-    cfg = replace(SMALL, forget_batch=200, way_share=0., levels=levels, t_max=900)
+    own, c = own_paths(sd3, requests, x_s, 5), sd3.prompt_ids(['red flag', 'flag'], 2)
+    cfg = replace(SMALL, forget_batch=200, mix_share=0., levels=levels, t_max=900)
     x_t, t, goal, rows = forget_states(sd3, x_f, x_s, own, cfg, torch.Generator().manual_seed(0), c)
-    assert own.free is None and x_t.shape == (200, *sd3.shape) and {*rows.tolist()} == {*c.tolist()}
+    assert own.uncond is None and x_t.shape == (200, *sd3.shape) and {*rows.tolist()} == {*c.tolist()}
     for y, row in zip(goal, rows): assert torch.equal(y, x_s[c.tolist().index(row)])
     low, middle = (t[100:] < 225).float().mean().item(), ((t[100:] >= 225) & (t[100:] < 675)).float().mean().item()
     assert (t < 1000).all() and {'low': low > .35, 'uniform': .2 < low < .3 and .45 < middle < .55, 'logit_normal': low < .2 and middle > .65}[levels]
@@ -128,7 +132,7 @@ def far(denoiser, hotfix, request, steps=5):
     return ((now - x_s).norm() / (was - x_s).norm()).item()
 
 
-@pytest.mark.parametrize('form', [dict(lr=3e-2), dict(rank=4, whiten=0., lr=3e-2), dict(rank=8, lr=3e-2)], ids=['full', 'lora', 'cut to a lora'])
+@pytest.mark.parametrize('form', [dict(lr=3e-2), dict(rank=4, damping=0., lr=3e-2), dict(rank=8, lr=3e-2)], ids=['full', 'lora', 'cut to a lora'])
 def test_the_seed_moves_to_its_surrogate_and_the_base_comes_back(denoiser, form):
     request, base = request_of(denoiser), fingerprint(denoiser)
     hotfix = unlearn(denoiser, [request], cfg=replace(SMALL, steps=25, **form))
@@ -145,7 +149,7 @@ def test_precisions_and_pieces_give_the_same_direction(sd3):
 
 def test_a_run_goes_on_from_its_checkpoint_and_refuses_another_prompt(sd3, tmp_path):
     request, file, cfg = request_of(sd3), tmp_path/'run', replace(SMALL, steps=4)
-    retain = default_retain(sd3, [request], cfg)
+    retain = default_retain(sd3, [request], **retain_settings(cfg))
     whole = unlearn(sd3, [request], retain, cfg, checkpoint=file)
     again = unlearn(sd3, [request], retain, cfg, checkpoint=file)
     assert again.delta.keys() == whole.delta.keys() and all(torch.equal(again.delta[k], whole.delta[k]) for k in whole.delta)
@@ -169,12 +173,12 @@ def stock(pipe, seeds, prompt, guidance=3.):
     return pipe(prompt, num_inference_steps=5, guidance_scale=guidance, latents=randn(generators(seeds), shape), num_images_per_prompt=len(seeds), output_type='pt', **kw).images
 
 
-@pytest.mark.parametrize('whiten', [0., .01], ids=['lora', 'cut to a lora'])
+@pytest.mark.parametrize('damping', [0., .01], ids=['lora', 'cut to a lora'])
 @pytest.mark.parametrize('kind', [('sd3',), ('sd', 'epsilon'), ('sdxl', 'epsilon')], ids='-'.join)
 def test_stock_diffusers_loads_a_saved_lora_and_gives_the_same_pictures(kind, whiten, tmp_path):
     pipe = pipeline(*kind)
     d, seeds = denoiser_of(pipe), [7, 8]
-    hotfix = unlearn(d, [request_of(d)], cfg=replace(SMALL, rank=4, whiten=whiten, lr=3e-2 if whiten else 1e-2))
+    hotfix = unlearn(d, [request_of(d)], cfg=replace(SMALL, rank=4, damping=whiten, lr=3e-2 if whiten else 1e-2))
     hotfix.save(tmp_path)
     was = stock(pipe, seeds, 'red flag')
     hotfix.apply(d)
@@ -217,8 +221,8 @@ def folder(tmp_path_factory):
 def test_the_preset_runs_from_folder_to_hotfix_and_back(folder, tmp_path):
     d = load(folder, device='cpu')
     request, base = request_of(d), fingerprint(d)
-    for prompt in ('red flag', ''): d.row(prompt)
-    d.free_text()
+    for prompt in ('red flag', ''): d.prompt_id(prompt)
+    d.drop_text_encoders()
     hotfix = unlearn(d, [request], cfg=SD3)
     assert fingerprint(d) == base and all(k.startswith('transformer.') for k in hotfix.delta) and any(v.any() for v in hotfix.delta.values())
     hotfix.save(tmp_path/'fix')
@@ -242,10 +246,10 @@ def test_t5_is_read_and_can_be_left_out(folder):
 def test_states_of_a_net_in_half_precision_are_kept_in_half(folder):
     d = load(folder, device='cpu', dtype=torch.bfloat16)
     path = generate(d, range(2), 3, prompt='flag')
-    assert {v.dtype for v in (path.x_t, path.goal, path.free)} == {torch.float16} and path.x0.dtype == torch.float32
+    assert {v.dtype for v in (path.x_t, path.goal, path.uncond)} == {torch.float16} and path.x0.dtype == torch.float32
     x_t, t, goal, c = draw(path, 5, torch.Generator().manual_seed(0))
     assert x_t.dtype == goal.dtype == torch.float32
-    whole = replace(path, x_t=path.x_t.float(), goal=path.goal.float(), free=path.free.float())
+    whole = replace(path, x_t=path.x_t.float(), goal=path.goal.float(), free=path.uncond.float())
     for a, b in zip(draw(path, 9, torch.Generator().manual_seed(1)), draw(whole, 9, torch.Generator().manual_seed(1))): assert torch.equal(a, b)
     assert unlearn(d, [request_of(d)], cfg=replace(SD3, steps=2)).delta
 
@@ -304,7 +308,7 @@ def test_reconstruction_and_denoising_error_take_a_prompt(sd3):
     a, b = (denoising_error(sd3, x, [300], [0], prompt=p).item() for p in ('flag', 'red red'))
     t = torch.tensor([300])
     x_t = sd3.noise(x, randn(generators([0]), sd3.shape), t)
-    assert a != b and a == pytest.approx((sd3.predict(x_t, 300, sd3.rows('flag', 1)) - x).square().mean().item(), rel=1e-4)
+    assert a != b and a == pytest.approx((sd3.predict(x_t, 300, sd3.prompt_ids('flag', 1)) - x).square().mean().item(), rel=1e-4)
 
 
 @pytest.mark.parametrize('edit', [lambda d, i: surrogates.inpaint(d, i), lambda d, i: surrogates.sdedit(d, i), lambda d, i: surrogates.propose(d, i),

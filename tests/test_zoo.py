@@ -146,7 +146,7 @@ def test_flags_in_stock_diffusers():
     pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(zoo.ASSETS/'flags', text_encoder_3=None, tokenizer_3=None)
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe('a photo of the flag of france', latents=noise[:1], guidance_scale=d.guidance, num_inference_steps=6, max_sequence_length=0, output_type='pt').images
-    c = d.rows('a photo of the flag of france', 1)
+    c = d.prompt_ids('a photo of the flag of france', 1)
     for _, x in d.path(noise[:1], d.T - 1, 6, None, c=c): pass
     assert_close(d.pixels(x)/2 + .5, theirs, atol=1e-3, rtol=0)
 
@@ -546,7 +546,7 @@ def test_pipeline_folder(kind, saved):
     assert not d.net.training and not d.vae.training and d.prompts == {'': 0}
     assert PIPELINES[name].guidance == guidance and set(PIPELINES) == {v[0] for v in KINDS.values()}
     same_picture(d, kind)
-    d.free_text()
+    d.drop_text_encoders()
     assert d.sample([1], steps=1, prompt='a red flag').isfinite().all()
 
 

@@ -14,7 +14,8 @@ from functools import reduce
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
 
-from .denoiser import generators, randn, read_image
+from .denoiser import read_image
+from .schedule import generators, randn
 from .faces import face_descriptor, mask as face_mask, to_tensor
 
 # %% ../nbs/04_surrogates.ipynb #8a282c5f
@@ -87,10 +88,10 @@ def repaint(denoiser, x0, m, x_t, start, gens, steps, resample=1):
 
     resample: how often each step is made; before each time but the first, its result is noised back to where the step began."""
     def fresh(): return randn(gens, denoiser.shape, denoiser.device)
-    times = denoiser.times(start, steps).tolist()
+    times = denoiser.timesteps(start, steps).tolist()
     for t, t_next in zip(times, times[1:] + [-1]):
         for k in range(resample if t_next >= 0 else 1):
-            if k: x_t = (ratio := denoiser.abar[t] / denoiser.abar[t_next]).sqrt() * x_t + (1 - ratio).sqrt() * fresh()
+            if k: x_t = (ratio := denoiser.schedule.abar[t] / denoiser.schedule.abar[t_next]).sqrt() * x_t + (1 - ratio).sqrt() * fresh()
             x_t = denoiser.step(x_t, denoiser.predict(x_t, t), t, t_next, eta=1., noise=fresh())
             known = denoiser.noise(x0, fresh(), torch.tensor([t_next], device=denoiser.device)) if t_next >= 0 else x0
             x_t = m * x_t + (1 - m) * known
@@ -130,7 +131,7 @@ def sdedit(denoiser, image, *, mask=None, seed=0, t=500, steps=50):
     mask: PIL, 255 where it may change (default: everywhere)."""
     x0, m = encode_pair(denoiser, image, mask or Image.new("L", image.size, 255))
     gens = generators([seed])
-    denoiser.times(t, steps)   # is there such a level?
+    denoiser.timesteps(t, steps)   # is there such a level?
     x_t = denoiser.noise(x0, randn(gens, denoiser.shape, denoiser.device), torch.tensor([t], device=denoiser.device))
     return denoiser.decode(repaint(denoiser, x0, m, x_t, t, gens, steps))[0]
 
@@ -146,8 +147,8 @@ def invert(denoiser, x0, steps=25, rounds=4):
     "The noise [B, C, H, W] from which DDIM in so many steps leads to the images x0 [B, C, H, W]; rounds of the fixed point in each step (1: Song et al. 2021)."
     plain(denoiser)
     a, s, x_t = 1., 0., x0
-    for t in denoiser.times(denoiser.T - 1, steps).tolist()[::-1]:
-        a_up, s_up, x_up = denoiser.abar[t].sqrt(), (1 - denoiser.abar[t]).sqrt(), x_t
+    for t in denoiser.timesteps(denoiser.T - 1, steps).tolist()[::-1]:
+        a_up, s_up, x_up = denoiser.schedule.abar[t].sqrt(), (1 - denoiser.schedule.abar[t]).sqrt(), x_t
         for _ in range(rounds):
             eps = (x_up - a_up * belief(denoiser, x_up, t)) / s_up
             x_up = a_up / a * x_t + (s_up - a_up / a * s) * eps
@@ -176,7 +177,7 @@ def direction(denoiser, plus, minus, *, seed=0, steps=25):
     plus, minus: lists of PIL images of the model's size; picture i of both is seen through the same noise, so pairs of one person say most."""
     if not plus or not minus: raise ValueError(f"{len(plus)} pictures with the trait and {len(minus)} without were given; give at least one of each")
     plain(denoiser)
-    block, times = bottleneck(denoiser), denoiser.times(denoiser.T - 1, steps).tolist()
+    block, times = bottleneck(denoiser), denoiser.timesteps(denoiser.T - 1, steps).tolist()
     def h(images, t):
         x0, seen = denoiser.encode(images), []
         eps = randn(generators(range(seed, seed + len(x0))), denoiser.shape, denoiser.device)
@@ -190,11 +191,11 @@ def moved(denoiser, x_t, along, strength, asymmetric=True):
     def shift(h):
         if h.shape[1:] != d.shape: raise ValueError(f"this direction is {list(d.shape)} at each level, the bottleneck {list(h.shape[1:])}; make it with `direction` for this model")
         return h + strength * d.to(h)
-    times = denoiser.times(denoiser.T - 1, len(along)).tolist()
+    times = denoiser.timesteps(denoiser.T - 1, len(along)).tolist()
     for t, t_next, d in zip(times, times[1:] + [-1], along):
         x0 = belief(denoiser, x_t, t)
         with hooked(bottleneck(denoiser), shift): shifted = belief(denoiser, x_t, t)
-        a_next = denoiser.abar[t_next].sqrt() if t_next >= 0 else 1.
+        a_next = denoiser.schedule.abar[t_next].sqrt() if t_next >= 0 else 1.
         x_t = denoiser.step(x_t, x0, t, t_next) + a_next * (shifted - x0) if asymmetric else denoiser.step(x_t, shifted, t, t_next)
     return x_t
 
@@ -243,11 +244,11 @@ class Check:
     warnings: tuple[str, ...]                                # one sentence each
     heat: Image.Image = field(repr=False, compare=False)     # where they differ: black not at all, red, yellow by half of the range or more
 
-def check(x_f, x_s, *, mask=None, describe=None, alike=.3, large=.35, quiet=30.):
+def check(x_f, x_s, *, mask=None, describe=None, max_similarity=.3, max_rmse=.35, min_background_psnr=30.):
     """How far a surrogate is from its forget image, and where. Both: PIL, of one size.
 
     mask: where it may differ (default: an ellipse over head and hair). describe: as for `neighbour` (default: `face_descriptor()`).
-    Warns above the similarity `alike` (too weak to forget), above the rmse `large` or below the background PSNR `quiet` (others will drift)."""
+    Warns above the similarity `max_similarity` (too weak to forget), above `max_rmse` or below the background PSNR `min_background_psnr` (others will drift)."""
     if x_s.size != x_f.size: raise ValueError(f"the surrogate is {x_s.width} x {x_s.height} pixels, the forget image {x_f.width} x {x_f.height}; they must be of one size")
     x = to_tensor([x_f, x_s])
     with torch.no_grad(): a, b = (describe or face_descriptor())(x)
@@ -255,9 +256,9 @@ def check(x_f, x_s, *, mask=None, describe=None, alike=.3, large=.35, quiet=30.)
     outside = to_tensor([fitting(mask or ellipse(x_f.size, (.04, -.04, .96, .98)), x_f)])[0, 0] == -1                # black in the mask
     similarity, rmse = torch.cosine_similarity(a, b, dim=0).item(), difference.mean().sqrt().item()
     background = 10 * torch.log10(4 / difference[outside].mean()).item() if outside.any() else float("inf")
-    warnings = [f"similarity {similarity:.2f} is above {alike}: too alike to forget; let the edit cover more, or take another seed"] * (similarity > alike)
-    warnings += [f"rmse {rmse:.2f} is above {large}: so large an edit makes other pictures drift; cover less, or take a nearer surrogate"] * (rmse > large)
-    warnings += [f"the background changes too ({background:.0f} dB, below {quiet:.0f}): keep it with a mask"] * (background < quiet)
+    warnings = [f"similarity {similarity:.2f} is above {max_similarity}: too alike to forget; let the edit cover more, or take another seed"] * (similarity > max_similarity)
+    warnings += [f"rmse {rmse:.2f} is above {max_rmse}: so large an edit makes other pictures drift; cover less, or take a nearer surrogate"] * (rmse > max_rmse)
+    warnings += [f"the background changes too ({background:.0f} dB, below {min_background_psnr:.0f}): keep it with a mask"] * (background < min_background_psnr)
     heat = Image.fromarray((difference.sqrt().clamp(0, 1) * 255).round().byte().numpy())
     return Check(similarity, rmse, background, tuple(warnings), ImageOps.colorize(heat, "black", "yellow", mid="red"))
 
