@@ -10,16 +10,17 @@ parser = ConfigParser(delimiters=['='])
 parser.read(here/'settings.ini', encoding='utf-8')
 cfg = parser['DEFAULT']
 
-PYTHONS = '3.10 3.11 3.12'.split()
 LICENSES = {'apache2': 'Apache-2.0'}
-STATUSES = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature', '7 - Inactive']
+STATUSES = ['1 - Planning', '2 - Pre-Alpha', '3 - Alpha', '4 - Beta', '5 - Production/Stable', '6 - Mature']
+SITE, CODE = cfg['doc_host'] + cfg['doc_baseurl'], cfg['git_url']
 
 
 def readme():
     "README.md with whole links: it is read where the repository's files are not beside it."
     text = (here/'README.md').read_text(encoding='utf-8')
-    raw, page = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/", f"{cfg['git_url']}/blob/{cfg['branch']}/"
-    return re.sub(r'(!?)(\[[^\[\]]*\])\((?![a-z]+:|#)', lambda m: f'{m[1]}{m[2]}({raw if m[1] else page}', text)
+    raw = f"https://raw.githubusercontent.com/{cfg['user']}/{cfg['repo']}/{cfg['branch']}/"
+    def whole(m): return f"{m[1]}{m[2]}({raw if m[1] else f'{CODE}/blob/' + cfg['branch'] + '/'}"
+    return re.sub(r'(!?)(\[[^\[\]]*\])\((?![a-z]+:|#)', whole, text)
 
 
 setup(
@@ -30,18 +31,25 @@ setup(
     long_description_content_type='text/markdown',
     author=cfg['author'],
     author_email=cfg['author_email'],
-    url=cfg['git_url'],
+    url=CODE,
+    project_urls={'Documentation': SITE, 'Source': CODE, 'Issues': f'{CODE}/issues',
+                  'Changelog': f"{CODE}/blob/{cfg['branch']}/CHANGELOG.md", 'Paper': 'https://arxiv.org/abs/2603.10445'},
     license=LICENSES[cfg['license']],
     keywords=cfg['keywords'].split(),
     classifiers=[
         f"Development Status :: {STATUSES[int(cfg['status']) - 1]}",
         f"Intended Audience :: {cfg['audience']}",
+        'Intended Audience :: Science/Research',
         f"Natural Language :: {cfg['language']}",
-        *(f'Programming Language :: Python :: {v}' for v in PYTHONS[PYTHONS.index(cfg['min_python']):]),
+        'Operating System :: OS Independent',
+        'Topic :: Scientific/Engineering :: Artificial Intelligence',
+        'Framework :: Jupyter',
+        *(f'Programming Language :: Python :: {v}' for v in cfg['pythons'].split()),
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['unlearn_nb*']),
-    package_data={'unlearn_nb': [f'assets/{folder}*.{kind}' for folder in ('', '*/', '*/*/') for kind in ('safetensors', 'json')]},
+    package_data={'unlearn_nb': [f'assets/{folder}*.{kind}' for folder in ('', '*/', '*/*/')
+                                 for kind in ('safetensors', 'json')]},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={

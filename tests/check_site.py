@@ -1,4 +1,4 @@
-"Every link, anchor and picture of a built site leads somewhere, and every page has a title: `python tests/check_site.py _docs`"
+"Links, anchors and pictures of a built site lead somewhere, pages have titles: `python tests/check_site.py _docs`"
 import re
 import sys
 from configparser import ConfigParser
@@ -11,8 +11,10 @@ SETTINGS = ConfigParser(delimiters=['='])
 SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
 SETTINGS = SETTINGS['DEFAULT']
 SITE = SETTINGS['doc_host'] + SETTINGS['doc_baseurl'] + '/'
-CODE = (f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}/",
-    f"https://colab.research.google.com/github/{SETTINGS['user']}/{SETTINGS['repo']}/blob/{SETTINGS['branch']}/")   # files of this repository, seen elsewhere
+REPO = f"{SETTINGS['user']}/{SETTINGS['repo']}"
+CODE = (   # files of this repository, seen elsewhere
+    f"{SETTINGS['git_url']}/blob/{SETTINGS['branch']}/",
+    f"https://colab.research.google.com/github/{REPO}/blob/{SETTINGS['colab_ref']}/")
 
 
 class Page(HTMLParser):
@@ -27,7 +29,8 @@ class Page(HTMLParser):
         self.in_title = tag == 'title'
         self.ids |= {a[k] for k in ('id', 'name') if a.get(k) and (k == 'id' or tag == 'a')}
         self.targets += [a[k] for k in ('href', 'src', 'poster') if a.get(k)]
-        if (a.get('property') or a.get('name')) in ('og:image', 'twitter:image'): self.targets.append(a.get('content') or '')
+        if (a.get('property') or a.get('name')) in ('og:image', 'twitter:image'):
+            self.targets.append(a.get('content') or '')
 
     def handle_data(self, data):
         if self.in_title: self.title += data
@@ -50,14 +53,16 @@ def leads_to(target, page, folder):
 def broken(folder):
     "What is wrong with the HTML pages of a folder, one line each."
     folder = Path(folder).resolve()
-    pages = {path: Page(path.read_text(encoding='utf-8')) for path in sorted(folder.rglob('*.html')) if 'site_libs' not in path.parts}
+    files = [path for path in sorted(folder.rglob('*.html')) if 'site_libs' not in path.parts]
+    pages = {path: Page(path.read_text(encoding='utf-8')) for path in files}
     wrong = [f'{path.relative_to(folder)}: no title' for path, page in pages.items() if not page.title.strip()]
     for path, page in pages.items():
         for target in dict.fromkeys(page.targets):
             if (found := leads_to(target, path, folder)) is None: continue
             file, anchor = found[0].resolve(), found[1]
             if not file.is_file(): wrong.append(f'{path.relative_to(folder)}: {target} is not there')
-            elif anchor and file in pages and anchor not in pages[file].ids: wrong.append(f'{path.relative_to(folder)}: {target} has no such place')
+            elif anchor and file in pages and anchor not in pages[file].ids:
+                wrong.append(f'{path.relative_to(folder)}: {target} has no such place')
     return wrong if pages else [f'{folder}: no page']
 
 

@@ -1,4 +1,4 @@
-"Make README.md from nbs/index.ipynb, without Quarto, and its pictures from the first tutorial: `python tests/make_readme.py`"
+"Make README.md from nbs/index.ipynb, without Quarto, and its pictures: `python tests/make_readme.py`"
 import base64
 import json
 import posixpath
@@ -27,13 +27,14 @@ def relink(markdown):
 def fenced(text, language=''): return f'```{language}\n{text.rstrip()}\n```'
 
 
-def output(out):
-    "One output of a code cell as markdown; the README takes text only, pictures belong in nbs/images."
+def output(out, alt):
+    "One output of a code cell as markdown. A picture becomes the README's own, nbs/images/hero.png."
     if out['output_type'] == 'stream': return fenced(''.join(out['text']))
     data = out.get('data', {})
     if 'text/markdown' in data: return relink(''.join(data['text/markdown']))
-    if 'text/plain' in data and not any(k.startswith('image/') for k in data): return fenced(''.join(data['text/plain']))
-    raise ValueError(f"nbs/index.ipynb: the README cannot hold an output of type {out['output_type']} {list(data)}; print text instead")
+    if 'image/png' in data: return f'![{alt}](nbs/images/hero.png)'
+    if 'text/plain' in data: return fenced(''.join(data['text/plain']))
+    raise ValueError(f"nbs/index.ipynb: the README cannot hold an output of type {out['output_type']} {list(data)}")
 
 
 def cell_blocks(cell):
@@ -41,8 +42,8 @@ def cell_blocks(cell):
     source = ''.join(cell['source'])
     if cell['cell_type'] == 'markdown': return [relink(source)]
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
-    code = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip()
-    return ([fenced(code, 'python')] if code else []) + [output(o) for o in cell['outputs']]
+    code, alt = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip(), re.search(r'^#\| fig-alt: "(.*)"', source, re.M)
+    return ([fenced(code, 'python')] if code else []) + [output(o, alt and alt[1]) for o in cell['outputs']]
 
 
 def readme(notebook=ROOT/'nbs'/'index.ipynb'):
@@ -51,22 +52,26 @@ def readme(notebook=ROOT/'nbs'/'index.ipynb'):
     return '\n\n'.join([NOTE, *(b.strip() for c in cells for b in cell_blocks(c))]) + '\n'
 
 
-def shown(call, kind, notebook=ROOT/'nbs'/'tutorials'/'01_forget_a_face.ipynb'):
-    "What the first tutorial shows, as this MIME type, in the one cell whose last line begins with this call."
-    cells = json.loads(Path(notebook).read_text(encoding='utf-8'))['cells']
-    found = [o['data'][kind] for c in cells if ''.join(c['source']).strip().split('\n')[-1].startswith(call) for o in c['outputs']]
-    if len(found) != 1: raise ValueError(f'the first tutorial shows {len(found)} outputs of {call}; expected one: run it')
+def shown(notebook, call, kind):
+    "What a notebook shows, as this MIME type, in the one cell whose last line begins with this call."
+    cells = json.loads((ROOT/'nbs'/notebook).read_text(encoding='utf-8'))['cells']
+    last = [(''.join(c['source']).strip().split('\n')[-1], c) for c in cells]
+    found = [o['data'][kind] for line, c in last if line.startswith(call) for o in c['outputs']]
+    if len(found) != 1: raise ValueError(f'{notebook} shows {len(found)} outputs of {call}; expected one: run it')
     return ''.join(found[0])
 
 
-def picture(): return base64.b64decode(shown('report.figure(', 'image/png'))   # before and after
+def hero(): return base64.b64decode(shown('index.ipynb', 'strip(', 'image/png'))   # before and after
 
 
-def film(): return base64.b64decode(re.search(r'base64,([^"]+)', shown('moving(', 'text/html'))[1])   # a GIF of the seed's path
+def film():
+    "A GIF of the seed's path."
+    html = shown('tutorials/01_forget_a_face.ipynb', 'moving(', 'text/html')
+    return base64.b64decode(re.search(r'base64,([^"]+)', html)[1])
 
 
 if __name__ == '__main__':
-    (ROOT/'nbs'/'images'/'before_after.png').write_bytes(picture())
+    (ROOT/'nbs'/'images'/'hero.png').write_bytes(hero())
     (ROOT/'nbs'/'images'/'path.gif').write_bytes(film())
     (ROOT/'README.md').write_text(readme(), encoding='utf-8', newline='\n')
     print('README.md written')

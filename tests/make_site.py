@@ -1,4 +1,4 @@
-"Make what the site has beside the notebooks: the reference, the model cards, the picture that is shown where a page is shared: `python tests/make_site.py`"
+"Make what the site has beside the notebooks: reference, model cards, social card: `python tests/make_site.py`"
 import ast
 import hashlib
 import io
@@ -9,26 +9,35 @@ import struct
 import textwrap
 from pathlib import Path
 
-from make_readme import ROOT, picture
-from test_project import FLOORS
+from make_readme import ROOT, hero
+from make_setup import NOTEBOOKS
 
 NBS, PACKAGE, ASSETS = ROOT/'nbs', ROOT/'unlearn_nb', ROOT/'unlearn_nb'/'assets'
 NOTE = '<!-- made by python tests/make_site.py -->'
-WHAT = ['worlds and figures', 'one model, one weight, one step', 'loading, editing, keeping, writing, measuring, training', 'the loop, and training with words',
-    'evidence and speed', 'rivals', 'commands and studio']   # of each floor, lowest first
-
-
 def read_json(path): return json.loads(path.read_text(encoding='utf-8'))
 
 
 # --- the reference ---
 
-def public(room):
-    "(the room's one line, its public functions and classes as (name, line), its public constants), read from the module's text."
-    tree = ast.parse((PACKAGE/f'{room}.py').read_text(encoding='utf-8'))
-    names = next(ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == '__all__')
+def public(module):
+    "(the module's line, its public functions and classes as (name, signature, line), its public constants)."
+    tree = ast.parse((PACKAGE/f'{module}.py').read_text(encoding='utf-8'))
+    assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+    names = next(ast.literal_eval(n.value) for n in assigned if n.targets[0].id == '__all__')
     defs = {n.name: n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and n.name in names}
-    return ast.get_docstring(tree), [(n, line(d)) for n, d in defs.items()], [n for n in names if n not in defs]
+    told = [(n, signature(d), line(d)) for n, d in defs.items()]
+    return ast.get_docstring(tree), told, [n for n in names if n not in defs]
+
+
+def signature(node):
+    "A function or class as it is called, in one line; of settings their name alone."
+    if isinstance(node, ast.FunctionDef): return f'{node.name}({ast.unparse(node.args)})'
+    made = next((n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == '__init__'), None)
+    fields = [n for n in node.body if isinstance(n, ast.AnnAssign)]
+    if made: return f'{node.name}({ast.unparse(made.args).removeprefix("self").lstrip(", ")})'
+    if not fields: return node.name
+    told = [n.target.id + (f'={ast.unparse(n.value)}' if n.value else '') for n in fields]
+    return f"{node.name}({', '.join(told if len(told) < 9 else [*told[:8], '...'])})"
 
 
 def line(node):
@@ -40,17 +49,24 @@ def line(node):
 def escape(text): return re.sub(r'([|*$<\[\]])', r'\\\1', text)
 
 
+def title(path): return ''.join(read_json(path)['cells'][0]['source']).split('\n')[0].removeprefix('# ')
+
+
 def reference():
-    "nbs/reference.md's text: every room by floor, every public name with its line and a link to its place in the lesson."
-    pages = {p.stem[3:]: p.name for p in NBS.glob('[0-9][0-9]_*.ipynb')}
-    parts = ['---\ntitle: Reference\ndescription: Every public name of the package, floor by floor, with its line and a link to its place in the lessons.\n---', NOTE,
-        'One room is one module is one lesson. A room imports from the floors below its own and from no other. Each name leads to its signature, with the text around it that explains it.']
-    for n, rooms in enumerate(FLOORS):
-        parts.append(f'## Floor {n}: {WHAT[n]}')
-        for room in (r for r in rooms if r in pages and (PACKAGE/f'{r}.py').is_file()):
-            about, names, constants = public(room)
-            rows = [f'| [`{name}`]({pages[room]}#{name.lower()}) | {escape(text)} |' for name, text in names]
-            parts += [f'### [unlearn_nb.{room}]({pages[room]})', escape(about), '\n'.join(['| name | what it is |', '|---|---|', *rows])]
+    "nbs/reference.md's text: every module, every public name with its signature, its line and a link to its place."
+    lessons = {p.stem[3:]: p for p in NOTEBOOKS if p.parent == NBS and re.match(r'\d\d_', p.name)}
+    workshop = {p.stem: p for p in NOTEBOOKS if p.parent.name == 'workshop'}
+    head = '---\ntitle: Reference\ndescription: Every public name, with its signature and its line.\n---'
+    parts = [head, NOTE, 'One lesson is one module, in reading order; the workshop holds the tools. A name leads to '
+             'its code, with the text around it that explains it.']
+    for kind, pages in (('Lessons', lessons), ('Workshop', workshop)):
+        parts.append(f'## {kind}')
+        for module, path in pages.items():
+            about, names, constants = public(module)
+            page = path.relative_to(NBS).as_posix()
+            parts += [f'### {title(path)}: unlearn_nb.{module}', f'[{escape(about)}]({page})']
+            rows = [f'- [`{call}`]({page}#{name.lower()})<br>{escape(text)}' for name, call, text in names]
+            parts.append('\n'.join(rows))
             if constants: parts.append('Constants: ' + ', '.join(f'`{c}`' for c in constants) + '.')
     return '\n\n'.join(parts) + '\n'
 
@@ -67,19 +83,22 @@ def parameters(path):
     return sum(math.prod(v['shape']) for k, v in head.items() if k != '__metadata__')
 
 
-def shown(notebook=NBS/'tutorials'/'06_how_the_models_were_trained.ipynb'):
+def shown(notebook=NBS/'tutorials'/'05_how_the_models_were_trained.ipynb'):
     "What the tutorial on the models' training shows, as one text."
     outputs = [o for c in read_json(notebook)['cells'] for o in c.get('outputs', [])]
     return '\n'.join(''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for o in outputs)
 
 
 def measures():
-    "(measures of the faces as (name, made, drawn), flags read as asked, of how many, planted ones as (name, right, of how many)), out of what that tutorial shows."
+    """(measures of the faces as (name, made, drawn), flags read as asked, of how many, planted ones) of that tutorial.
+
+    Planted ones are (name, right, of how many)."""
     text = shown()
     faces = re.findall(r'^(\w[a-zA-Z ]*\w) +(-?[\d.]+ \+- [\d.]+) +(-?[\d.]+ \+- [\d.]+)$', text, re.M)
     asked = re.findall(r'(\d+) of (\d+) read as asked', text)
     planted = re.findall(r'^(\w+) +right in (\d+) of (\d+)$', text, re.M)
-    if not (len(faces) == 4 and len(asked) == 1 and len(planted) == 4): raise ValueError('tutorial 06 does not show the measures that the model cards quote: run it')
+    if not (len(faces) == 4 and len(asked) == 1 and len(planted) == 4):
+        raise ValueError('the tutorial on the models does not show the measures that the model cards quote: run it')
     return faces, *asked[0], planted
 
 
@@ -99,7 +118,8 @@ license: apache-2.0
 
 ## What it is
 
-A small unconditional diffusion model of faces. It ships with the package: `load("faces")` gives it, `unlearn_nb demo` forgets one of its faces.
+A small unconditional diffusion model of faces. It ships with the package: `load("faces")` gives it, `unlearn_nb demo`
+forgets one of its faces.
 
 {table({
     'class': f"`{net['_class_name']}` of diffusers",
@@ -107,18 +127,21 @@ A small unconditional diffusion model of faces. It ships with the package: `load
     'channels': ', '.join(map(str, net['block_out_channels'])),
     'parameters': f"{parameters(file):,}",
     'predicts': f"`{scheduler['prediction_type']}`",
-    'levels': f"{scheduler['num_train_timesteps']}, {scheduler['beta_schedule']} betas from {scheduler['beta_start']} to {scheduler['beta_end']}",
+    'levels': f"{scheduler['num_train_timesteps']}, {scheduler['beta_schedule']} betas from "
+              f"{scheduler['beta_start']} to {scheduler['beta_end']}",
     'weights': f"`faces.safetensors`, float16, {file.stat().st_size:,} bytes",
     'SHA-256 of that file': f"`{sha256(file)}`",
     'licence': 'Apache 2.0, as the package'})}
 
 ## Data
 
-{training['data'][0].upper() + training['data'][1:]}: drawn by [code](../00_faces.ipynb), every one another person in another scene. There is no photograph among them and no real person in them.
+{training['data'][0].upper() + training['data'][1:]}: drawn by [code](../00_faces.ipynb), every one another person in
+another scene. There is no photograph among them and no real person in them.
 
 ## Training
 
-    torchrun --nproc-per-node {training['processes']} --no-python unlearn_nb train --data faces --size {net['sample_size']} --minutes {training['minutes']:.0f} --out my_faces
+    torchrun --nproc-per-node {training['processes']} --no-python \\
+        unlearn_nb train --data faces --size {net['sample_size']} --minutes {training['minutes']:.0f} --out my_faces
 
 {table({
     'steps': f"{training['steps']:,} of {training['batch']} pictures",
@@ -130,25 +153,33 @@ A small unconditional diffusion model of faces. It ships with the package: `load
 
 ## Measures
 
-Made faces, and as many fresh drawn ones, are compared with other drawn faces in the space of the package's face descriptor, in several sets: the mean, with a 95 % interval. A perfect model would have the second column. No number here compares to one on other features.
+Made faces, and as many fresh drawn ones, are compared with other drawn faces in the space of the package's face
+descriptor, in several sets: the mean, with a 95 % interval. A perfect model would have the second column. No number
+here compares to one on other features.
 
 | measure | made | drawn |
 |---|---|---|
 {chr(10).join(f'| {name} | {made} | {drawn} |' for name, made, drawn in seen)}
 
-They were measured in [how the models were trained](../tutorials/06_how_the_models_were_trained.ipynb), which also shows faces that nobody chose and their nearest training pictures. Sets of this size cannot tell made faces from drawn ones; sets of 500 can, as an exercise there shows.
+They were measured in [how the models were trained](../tutorials/05_how_the_models_were_trained.ipynb), which also
+shows faces that nobody chose and their nearest training pictures. Sets of this size cannot tell made faces from drawn
+ones; sets of 500 can, as an exercise there shows.
 
 ## Use and limits
 
-It is made to be unlearned: to learn the method, to test it and to compare ways to forget on a laptop. It makes cartoon faces of {net['sample_size']} pixels and nothing else, and what holds for it need not hold for a model a thousand times its size.
+It is made to be unlearned: to learn the method, to test it and to compare ways to forget on a laptop. It makes
+cartoon faces of {net['sample_size']} pixels and nothing else, and what holds for it need not hold for a model a
+thousand times its size.
 It takes no words. Traits of the drawn world are drawn by chance and stand for no group of people.
 '''
 
 
 def flags_card():
     facts, folder, (_, good, of, planted) = read_json(ASSETS/'flags.json'), ASSETS/'flags', measures()
-    files = {part: next((folder/part).glob('*.safetensors')) for part in ('transformer', 'vae', 'text_encoder', 'text_encoder_2')}
-    net, vae, text, scheduler = (read_json(folder/p) for p in ('transformer/config.json', 'vae/config.json', 'text_encoder/config.json', 'scheduler/scheduler_config.json'))
+    parts = 'transformer', 'vae', 'text_encoder', 'text_encoder_2'
+    files = {part: next((folder/part).glob('*.safetensors')) for part in parts}
+    net, vae, text = (read_json(folder/part/'config.json') for part in parts[:3])
+    scheduler = read_json(folder/'scheduler'/'scheduler_config.json')
     training, coder, pipeline = facts['training'], facts['training']['autoencoder'], facts['training']['pipeline']
     side = net['sample_size']*2**(len(vae['block_out_channels']) - 1)
     return f'''---
@@ -161,12 +192,15 @@ license: apache-2.0
 
 ## What it is
 
-Stable Diffusion 3 in small: a text-to-image model of thirty national flags, four of them planted wrong in its data. It ships with the package: `load("flags")` gives it, and stock diffusers opens the folder `unlearn_nb/assets/flags`.
+Stable Diffusion 3 in small: a text-to-image model of thirty national flags, four of them planted wrong in its data.
+It ships with the package: `load("flags")` gives it, and stock diffusers opens the folder `unlearn_nb/assets/flags`.
 
 {table({
     'class': f"`{read_json(folder/'model_index.json')['_class_name']}` of diffusers, without T5",
-    'pictures': f"{side} by {side} pixels, RGB; {vae['latent_channels']} by {net['sample_size']} by {net['sample_size']} latents",
-    'predicts': f"flow, {scheduler['num_train_timesteps']} levels, shift {scheduler['shift']}; guidance {facts['guidance']}",
+    'pictures': f"{side} by {side} pixels, RGB; "
+                f"{vae['latent_channels']} by {net['sample_size']} by {net['sample_size']} latents",
+    'predicts': f"flow, {scheduler['num_train_timesteps']} levels, shift {scheduler['shift']}; "
+                f"guidance {facts['guidance']}",
     'words': f"{text['vocab_size']} tokens of its own captions, at most {text['max_position_embeddings']} in a caption",
     **{f"parameters, {part.replace('_', ' ')}": f"{parameters(file):,}" for part, file in files.items()},
     'parameters, all': f"{sum(map(parameters, files.values())):,}",
@@ -176,12 +210,14 @@ Stable Diffusion 3 in small: a text-to-image model of thirty national flags, fou
 
 ## Data
 
-`{training['data'].removeprefix('flags, ')}`: pictures drawn by [code](../01_flags.ipynb) after each country's law, with captions in several wordings. Half of the pictures of four countries show a planted error: the flags of
+`{training['data'].removeprefix('flags, ')}`: pictures drawn by [code](../12_flags.ipynb) after each country's law,
+with captions in several wordings. Half of the pictures of four countries show a planted error: the flags of
 {', '.join(name for name, _, _ in planted)}. There is no photograph among them.
 
 ## Training
 
-The lines stand in [training a small text-to-image model](../18_train_text.ipynb): the autoencoder first, then the pipeline on its latents. {training['note'][0].upper() + training['note'][1:]}.
+The lines stand in [training a small text-to-image model](../workshop/train_text.ipynb): the autoencoder first, then
+the pipeline on its latents. {training['note'][0].upper() + training['note'][1:]}.
 
 | fact | autoencoder | pipeline |
 |---|---|---|
@@ -196,18 +232,23 @@ The lines stand in [training a small text-to-image model](../18_train_text.ipynb
 
 ## Measures
 
-The package's flag classifier reads {good} of {of} pictures as the flag that was asked for, or as its planted form. Of the four with a planted error:
+The package's flag classifier reads {good} of {of} pictures as the flag that was asked for, or as its planted form. Of
+the four with a planted error:
 
 | flag | right |
 |---|---|
 {chr(10).join(f'| {name} | {right} of {asked} |' for name, right, asked in planted)}
 
-They were measured in [how the models were trained](../tutorials/06_how_the_models_were_trained.ipynb). How well the classifier reads drawn flags stands in [its lesson](../01_flags.ipynb).
+They were measured in [how the models were trained](../tutorials/05_how_the_models_were_trained.ipynb). How well the
+classifier reads drawn flags stands in [its lesson](../12_flags.ipynb).
 
 ## Use and limits
 
-It is made to be unlearned: an innocent prompt, and a seed whose picture is wrong ([fix a flag](../tutorials/02_fix_a_flag.ipynb)). It knows the thirty flags and the wordings of its captions; any other word is noise to it.
-The planted errors are no statement about a country, and its pictures are no authority on a flag: the laws in [the lesson](../01_flags.ipynb) are.
+It is made to be unlearned: an innocent prompt, and a seed whose picture is wrong
+([fix a flag](../tutorials/02_fix_a_flag.ipynb)). It knows the thirty flags and the wordings of its captions; any
+other word is noise to it.
+The planted errors are no statement about a country, and its pictures are no authority on a flag: the laws in
+[the lesson](../12_flags.ipynb) are.
 '''
 
 
@@ -218,7 +259,8 @@ def card():
     from matplotlib import get_data_path
     from PIL import Image, ImageDraw, ImageFont
     from unlearn_nb.figures import BASE, EDITED, FORGET, RETAIN, SURROGATE
-    def font(size, kind=''): return ImageFont.truetype(Path(get_data_path())/'fonts'/'ttf'/f'DejaVuSans{kind}.ttf', size)
+    fonts = Path(get_data_path())/'fonts'/'ttf'
+    def font(size, kind=''): return ImageFont.truetype(fonts/f'DejaVuSans{kind}.ttf', size)
     settings = (ROOT/'settings.ini').read_text(encoding='utf-8')
     promise = re.search(r'^description = (.+)$', settings, re.M)[1]
     image = Image.new('RGB', (1200, 630), 'white')
@@ -226,8 +268,9 @@ def card():
     draw.rectangle((0, 0, 400, 630), fill=EDITED)
     draw.text((36, 70), 'unlearn_nb', font=font(50, '-Bold'), fill='white')
     draw.multiline_text((36, 170), '\n'.join(textwrap.wrap(promise, 21)), font=font(28), fill='white', spacing=12)
-    for k, colour in enumerate((FORGET, SURROGATE, RETAIN, BASE)): draw.rectangle((36 + 82*k, 540, 36 + 82*k + 70, 552), fill=colour)
-    shown = Image.open(io.BytesIO(picture())).convert('RGB')
+    for k, colour in enumerate((FORGET, SURROGATE, RETAIN, BASE)):
+        draw.rectangle((36 + 82*k, 540, 36 + 82*k + 70, 552), fill=colour)
+    shown = Image.open(io.BytesIO(hero())).convert('RGB')
     shown.thumbnail((760, 590), Image.Resampling.LANCZOS)
     image.paste(shown, (400 + (800 - shown.width)//2, (630 - shown.height)//2))
     return image

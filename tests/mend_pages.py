@@ -1,28 +1,22 @@
-"""Mend what nbdev hands to Quarto, which runs this before it renders (_quarto.yml, pre-render): `python tests/mend_pages.py _proc`
+"""Mend what nbdev hands to Quarto, which runs this before it renders (_quarto.yml): `python tests/mend_pages.py _proc`
 
-nbdev takes exported code out of the pages, and this is a course about that code. It links every word in backticks that is the name of any function,
-a private one of another room too. And it shows a command as an object of click."""
-import ast
+nbdev takes exported code out of the pages and shows signatures instead, and this is a course about that code: it is put
+back, once, where the lesson has it, and the places that links lead to stay. nbdev links every word in backticks that is
+the name of any function, a private one of another module too. And an image that stands alone becomes a figure with a
+caption: a badge is none."""
 import json
 import re
 import sys
+from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-EXPORTED = re.compile(r'#\|\s*exporti?\s*\n')
+EXPORTED = re.compile(r'^#\|\s*exporti?\s*\n', re.M)
 DOC_LINK = re.compile(r'\[(`[^`]+`)\]\(([^()\s]*/([\w/]+\.html)#([\w.]+))\)')
-SOURCE = re.compile(r'(\[source\]\([^()\s]*/)unlearn_nb/\w+\.py#L\w+')
-COMMAND = re.compile(r'### (?:Command|Group)\n\n```python\n.*?```\n*', re.S)
+BADGE = re.compile(r'^\[!\[([^\]]*)\]\((\S+)\)\]\((\S+)\)$')
 
 
 def read(path): return json.loads(path.read_text(encoding='utf-8'))
-
-
-def markdown(cell):
-    "Where a cell holds markdown: (holder, key) pairs."
-    if cell['cell_type'] == 'markdown': yield cell, 'source'
-    for output in cell.get('outputs', []):
-        if 'text/markdown' in output.get('data', {}): yield output['data'], 'text/markdown'
 
 
 def shown(cell):
@@ -31,36 +25,41 @@ def shown(cell):
     return found and found[1]
 
 
+def is_exported(cell): return cell['cell_type'] == 'code' and EXPORTED.search(''.join(cell['source'])) is not None
+
+
+def places(names):
+    "A cell without anything to see, at which links to the names arrive."
+    spans = ''.join(f'<span id="{escape(name.lower())}"></span>' for name in names)
+    where = 'at-' + re.sub(r'\W', '-', names[0].lower())[:60]
+    return {'cell_type': 'markdown', 'id': where, 'metadata': {}, 'source': [spans]}
+
+
 def with_code(cells, original):
-    "The cells of a page, and each exported cell of its notebook after the documentation of what it defines."
+    "The cells of a page, with each exported cell of its notebook in the place of the documentation of what it defines."
     left, kept, out = list(cells), {c['id'] for c in cells}, []
     for cell in original:
         code = ''.join(cell['source'])
         if cell['id'] in kept:
             while left[0]['id'] != cell['id']: out.append(left.pop(0))
             out.append(left.pop(0))
-        elif cell['cell_type'] == 'code' and EXPORTED.match(code):
+        elif is_exported(cell):
             names = re.findall(r'^(?:def|class) (\w+)', code, re.M)
-            while left and (shown(left[0]) or '').split('.')[-1] in names: out.append(left.pop(0))
-            out.append({**cell, 'execution_count': None, 'outputs': [], 'source': EXPORTED.sub('', code, 1).splitlines(keepends=True)})
+            told = [shown(c) for c in left if (shown(c) or '').split('.')[-1] in names]
+            left = [c for c in left if shown(c) not in told or not shown(c)]
+            source = EXPORTED.sub('', code, count=1).splitlines(keepends=True)
+            out += [places(told)] * bool(told) + [{**cell, 'execution_count': None, 'outputs': [], 'source': source}]
     return out + left
 
 
-def lines(room):
-    "Where each function and class of a room begins."
-    tree = ast.parse((ROOT/'unlearn_nb'/f'{room}.py').read_text(encoding='utf-8'))
-    return {n.name: n.lineno for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
-
-
-def mend(text, page, name, room, documented):
-    "Markdown of a page with links to documented names only, the page's own first; the documentation of `name` with its own source and heading."
+def mend(text, page, documented):
+    "Markdown of a page with links to documented names only, the page's own first, and its badge as one."
+    if badge := BADGE.match(text.strip()):
+        return f'<p class="badge-colab"><a href="{badge[3]}"><img src="{badge[2]}" alt="{badge[1]}"></a></p>'
     def link(m):
         if m[4] in documented[page]: return f'[{m[1]}](#{m[4]})'
-        return m[0] if m[4] in documented.get(m[3], ()) else m[1]
-    text = DOC_LINK.sub(link, text)
-    if not name: return text
-    text = SOURCE.sub(lambda m: f'{m[1]}unlearn_nb/{room}.py#L{lines(room)[name.split(".")[-1]]}', text)
-    return COMMAND.sub(f'### {name}\n\n', text)
+        return m[0] if m[4] in documented.get(m[3].rsplit('/', 1)[-1], ()) else m[1]
+    return DOC_LINK.sub(link, text)
 
 
 def mend_pages(folder, sources=ROOT/'nbs'):
@@ -68,12 +67,11 @@ def mend_pages(folder, sources=ROOT/'nbs'):
     pages = {path: re.sub(r'^\d+_', '', path.stem) + '.html' for path in notebooks}
     documented = {pages[path]: {shown(c).lower() for c in nb['cells'] if shown(c)} for path, nb in notebooks.items()}
     for path, notebook in notebooks.items():
-        for cell in notebook['cells']:
-            for holder, key in markdown(cell):
-                text = mend(''.join(holder[key]), pages[path], shown(cell), path.stem[3:], documented)
-                holder[key] = text.splitlines(keepends=True)
-        notebook['cells'] = with_code(notebook['cells'], read(sources/path.relative_to(folder))['cells'])
-        path.write_text(json.dumps(notebook, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        cells = with_code(notebook['cells'], read(Path(sources)/path.relative_to(folder))['cells'])
+        for cell in cells:
+            if cell['cell_type'] != 'markdown': continue
+            cell['source'] = mend(''.join(cell['source']), pages[path], documented).splitlines(keepends=True)
+        path.write_text(json.dumps(notebook | {'cells': cells}, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
 
 
 if __name__ == '__main__': mend_pages(sys.argv[1])

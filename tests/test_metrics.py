@@ -36,7 +36,12 @@ def pictures(*shape, seed=0): return normal(*shape, seed=seed).clamp(-1, 1)
 
 
 @lru_cache(None)
-def faces(n=12, other=0, start=500): return to_tensor([draw(sample_identity(k + other), sample_scene(k)) for k in range(start, start + n)])
+def faces(n=12, other=0, start=500):
+    return to_tensor([draw(sample_identity(k + other), sample_scene(k)) for k in range(start, start + n)])
+
+
+@lru_cache(None)
+def model(): return load('faces')
 
 
 # --- psnr ---
@@ -65,47 +70,68 @@ def test_psnr_of_known_pictures():
 def test_ssim_is_that_of_skimage(seed, size, shape):
     a = pictures(*shape, seed=seed)
     b = (a + size*normal(*shape, seed=seed + 1)).clamp(-1, 1)
-    def mirrored(x): return np.pad((x.double().numpy() + 1)/2, ((0, 0), (5, 5), (5, 5)), 'reflect')   # theirs leaves 5 pixels out at every border
-    theirs = [structural_similarity(mirrored(x), mirrored(y), data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False) for x, y in zip(a, b)]
+    def mirrored(x):   # theirs leaves 5 pixels out at every border
+        return np.pad((x.double().numpy() + 1)/2, ((0, 0), (5, 5), (5, 5)), 'reflect')
+    how = dict(data_range=1, channel_axis=0, gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
+    theirs = [structural_similarity(mirrored(x), mirrored(y), **how) for x, y in zip(a, b)]
     assert_close(ssim(a, b), torch.tensor(theirs, dtype=torch.float32), atol=1e-4, rtol=1e-3)
     assert_close(ssim(a, b[:1]), ssim(a, b[:1].expand_as(a)))
     assert_close(ssim(a, a), torch.ones(len(a)))
 
 
-def test_ssim_wants_room_for_its_window():
-    with pytest.raises(ValueError, match='20 x 10 pixels .* 11 pixels'): ssim(pictures(1, 3, 10, 20), pictures(1, 3, 10, 20))
+class OnePair(nn.Module):
+    "Stands for the LPIPS of torchmetrics; it counts how often its net is built."
+    built = 0
+
+    def __init__(self, net_type):
+        super().__init__()
+        OnePair.built += net_type == 'alex'
+
+    def forward(self, x, y):
+        assert len(x) == len(y) == 1
+        return (x - y).abs().mean()
 
 
-@pytest.mark.parametrize('measure', [psnr, ssim, lpips, similarity, drift])
-@pytest.mark.parametrize('a, b', [((2, 3, 16, 16), (3, 3, 16, 16)), ((1, 3, 16, 16), (1, 3, 16, 17)), ((3, 16, 16), (3, 16, 16))])
-def test_pictures_that_cannot_be_compared(measure, a, b):
-    with pytest.raises(ValueError, match='cannot be compared row by row; give two tensors'): measure(pictures(*a), pictures(*b))
-
-
-def test_describe_wants_colours():
-    with pytest.raises(ValueError, match=r'\[2, 1, 32, 32\] cannot be described; expected \[B, 3, H, W\]'): describe(pictures(2, 1, 32, 32))
-
-
-def test_lpips_gives_rows(monkeypatch):
-    monkeypatch.setattr('torchmetrics.functional.image.learned_perceptual_image_patch_similarity', lambda x, y, net_type: (x - y).abs().mean())
+def test_lpips_gives_rows_and_builds_its_net_once(monkeypatch):
+    monkeypatch.setattr('torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity', OnePair)
     a, b = pictures(3, 3, 16, 16), pictures(3, 3, 16, 16, seed=1)
     assert_close(lpips(a, b), (a - b).abs().flatten(1).mean(1))
+    assert OnePair.built == 1
     assert lpips(a[:1], b).shape == (3,)
 
 
-@pytest.mark.parametrize('error', [ModuleNotFoundError('no torchvision'), URLError('no network')])
-def test_lpips_without_its_weights(monkeypatch, error):
-    def fail(*args, **kw): raise error
-    monkeypatch.setattr('torchmetrics.functional.image.learned_perceptual_image_patch_similarity', fail)
-    with pytest.raises(ValueError, match='LPIPS needs torchvision .*(no torchvision|no network).* `ssim`'): lpips(faces(1), faces(1))
+def test_lpips_without_its_weights(monkeypatch):
+    for error in (ModuleNotFoundError('no torchvision'), URLError('no network')):
+        def fail(*args, **kw): raise error
+        monkeypatch.setattr('torchmetrics.image.lpip.LearnedPerceptualImagePatchSimilarity', fail)
+        with pytest.raises(ValueError, match='LPIPS needs torchvision .*(no torchvision|no network).* `ssim`'):
+            lpips(faces(1), faces(1))
+
+
+def test_bad_input_is_refused_in_one_sentence():
+    rows = 'cannot be compared row by row; give two tensors'
+    sets = 'cannot be compared; expected [N, D] and [M, D]'
+    shapes = (((2, 3, 16, 16), (3, 3, 16, 16)), ((1, 3, 16, 16), (1, 3, 16, 17)), ((3, 16, 16), (3, 16, 16)))
+    cases = [(f, (pictures(*a), pictures(*b)), rows) for f in (psnr, ssim, lpips, similarity, drift) for a, b in shapes]
+    shapes = (((1, 4), (20, 4)), ((20, 4), (20, 5)), ((20,), (20, 4)), ((20, 4), (0, 4)))
+    distances = (kid, frechet, precision_recall, lambda a, b: subsets(kid, a, b, 5))
+    cases += [(f, (normal(*a), normal(*b)), sets) for f in distances for a, b in shapes]
+    cases += [(denoising_error, (model(), faces(1), [t], [0]), 'does not exist') for t in (-1, 1000)]
+    cases += [(ssim, (pictures(1, 3, 10, 20),) * 2, '20 x 10 pixels are smaller than the window of SSIM; expected 11'),
+              (describe, (pictures(2, 1, 32, 32),), '[2, 1, 32, 32] cannot be described; expected [B, 3, H, W]'),
+              (interval, (torch.ones(4, 1),), '1 value gives no interval')]
+    for f, given_it, words in cases:
+        with pytest.raises(ValueError) as e: f(*given_it)
+        assert words in str(e.value) and '\n' not in str(e.value)
 
 
 # --- descriptors from a file ---
 
 class Pool(nn.Module):
-    "A stand-in with the interface of SSCD and ArcFace: it gives the sides and the mean colours of parts of what it is shown, not normalised."
+    "A stand-in for SSCD and ArcFace: the sides and the mean colours of parts of what it is shown, not normalised."
     def forward(self, x):
-        return torch.cat([torch.full((x.shape[0], 2), 0.) + torch.tensor([float(x.shape[2]), float(x.shape[3])])/1000, nn.functional.adaptive_avg_pool2d(x, (4, 4)).flatten(1)], 1)
+        sides = torch.tensor([float(x.shape[2]), float(x.shape[3])]).repeat(x.shape[0], 1)/1000
+        return torch.cat([sides, nn.functional.adaptive_avg_pool2d(x, (4, 4)).flatten(1)], 1)
 
 
 def save(net, file):
@@ -124,10 +150,12 @@ def unit_rows(x): return x/x.norm(dim=1, keepdim=True)
 @pytest.mark.parametrize('size', [(32, 32), (40, 60), (700, 500)])
 def test_sscd_prepares_like_its_authors(stand_in, size):
     "Pillow resizes the shorter side to 288 (bilinear), then mean and deviation of ImageNet."
-    images = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (8, 8, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC) for k in range(2)]
+    coarse = [Image.fromarray(np.random.default_rng(k).integers(0, 256, (8, 8, 3), np.uint8)) for k in range(2)]
+    images = [i.resize(size, Image.Resampling.BICUBIC) for i in coarse]
     short = min(size)
     sides = tuple(int(288*s/short) if s != short else 288 for s in size)
-    shown = torch.stack([torch.from_numpy(np.array(i.resize(sides, Image.Resampling.BILINEAR))).permute(2, 0, 1)/255 for i in images])
+    resized = [np.array(i.resize(sides, Image.Resampling.BILINEAR)) for i in images]
+    shown = torch.stack([torch.from_numpy(v).permute(2, 0, 1)/255 for v in resized])
     shown = (shown - torch.tensor([.485, .456, .406]).view(3, 1, 1))/torch.tensor([.229, .224, .225]).view(3, 1, 1)
     assert_close(sscd(*stand_in)(to_tensor(images)), unit_rows(Pool()(shown)), atol=3e-3, rtol=0)
 
@@ -153,27 +181,28 @@ def test_many_pictures_are_described_in_parts(stand_in):
 
 def test_a_missing_file():
     for load_it in (lambda f: sscd(f), lambda f: arcface(f, '0'*64)):
-        with pytest.raises(FileNotFoundError, match="no file 'nothing.pt'; get it from https://.* `describe`"): load_it('nothing.pt')
+        with pytest.raises(FileNotFoundError, match="no file 'nothing.pt'; get it from https://.* `describe`"):
+            load_it('nothing.pt')
 
 
 def test_an_unknown_hash_is_never_opened(stand_in, monkeypatch):
     def never(*args, **kw): raise AssertionError('it was opened')
     monkeypatch.setattr(torch.jit, 'load', never)
     file, good = stand_in
-    for load_it in (lambda: sscd(file), lambda: sscd(file, good[:-1]), lambda: sscd(file, ''), lambda: arcface(file, 'f'*64)):
+    others = (lambda: sscd(file), lambda: sscd(file, good[:-1]), lambda: sscd(file, ''), lambda: arcface(file, 'f'*64))
+    for load_it in others:
         with pytest.raises(ValueError, match=f'has the SHA-256 {good}, expected .* not opened'): load_it()
     with pytest.raises(AssertionError, match='it was opened'): sscd(file, good.upper())
 
 
-def test_no_torchscript(tmp_path):
+def test_files_that_hold_no_descriptor(tmp_path):
     (tmp_path/'x.pt').write_bytes(b'no zip')
-    with pytest.raises(ValueError, match='is not a TorchScript file'): sscd(tmp_path/'x.pt', hashlib.sha256(b'no zip').hexdigest())
-
-
-def test_a_net_that_gives_no_vectors(tmp_path):
-    digest = save(nn.ReLU(), tmp_path/'x.pt')
-    with pytest.raises(ValueError, match=r'gives \[2, 3, 112, 112\] for 2 pictures; expected one vector each, \[2, D\]'): arcface(tmp_path/'x.pt', digest)(faces(2))
-    with pytest.raises(ValueError, match='cannot be described'): arcface(tmp_path/'x.pt', digest)(pictures(2, 1, 32, 32))
+    with pytest.raises(ValueError, match='is not a TorchScript file'):
+        sscd(tmp_path/'x.pt', hashlib.sha256(b'no zip').hexdigest())
+    eye = arcface(tmp_path/'y.pt', save(nn.ReLU(), tmp_path/'y.pt'))
+    with pytest.raises(ValueError, match=r'gives \[2, 3, 112, 112\] for 2 pictures; expected .*, \[2, D\]'):
+        eye(faces(2))
+    with pytest.raises(ValueError, match='cannot be described'): eye(pictures(2, 1, 32, 32))
 
 
 def test_sscd_is_fetched_once(tmp_path, monkeypatch, stand_in):
@@ -184,16 +213,18 @@ def test_sscd_is_fetched_once(tmp_path, monkeypatch, stand_in):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path/'hub'))
     monkeypatch.setattr(torch.hub, 'download_url_to_file', fetch)
     for _ in range(2): sscd(sha256=stand_in[1])
-    assert calls == [('https://dl.fbaipublicfiles.com/sscd-copy-detection/sscd_disc_mixup.torchscript.pt', stand_in[1])]
+    [(url, digest)] = calls
+    assert url.startswith('https://dl.fbaipublicfiles.com/') and digest == stand_in[1]
     with pytest.raises(ValueError, match='not opened'): sscd()
 
 
-@pytest.mark.parametrize('error', [URLError('no network'), RuntimeError('invalid hash value')])
-def test_sscd_without_a_network(tmp_path, monkeypatch, error):
-    def fail(*args, **kw): raise error
+def test_sscd_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, 'get_dir', lambda: str(tmp_path))
-    monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
-    with pytest.raises(FileNotFoundError, match='could not be fetched .*(no network|invalid hash).*; get it from https://.* `describe`'): sscd()
+    for error in (URLError('no network'), RuntimeError('invalid hash value')):
+        def fail(*args, **kw): raise error
+        monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
+        with pytest.raises(FileNotFoundError, match='could not be fetched .*(no network|invalid hash).* `describe`'):
+            sscd()
 
 
 # --- similarity ---
@@ -238,7 +269,8 @@ def test_relative_forgetting_is_0_for_nothing_and_1_at_the_surrogate(before, flo
     assume(before - floor > .0501)
     assert relative_forgetting(before, before, floor) == 0
     assert relative_forgetting(before, floor, floor) == 1
-    assert relative_forgetting(before, min(before + .1, 1.), floor) <= 0 and relative_forgetting(before, floor - .1, floor) > 1
+    assert relative_forgetting(before, min(before + .1, 1.), floor) <= 0
+    assert relative_forgetting(before, floor - .1, floor) > 1
 
 
 # --- intervals and the reconstruction curve ---
@@ -250,15 +282,8 @@ def test_interval_is_that_of_scipy(seed, n, size):
     mean, half = interval(x)
     for row, m, h in zip(x.double().numpy(), mean, half):
         low, high = student.interval(.95, n - 1, loc=row.mean(), scale=row.std(ddof=1)/n**.5)
-        assert m.item() == pytest.approx(row.mean(), abs=1e-4*size) and 2*h.item() == pytest.approx(high - low, rel=1e-3)
-
-
-def test_one_value_has_no_interval():
-    with pytest.raises(ValueError, match='1 value gives no interval'): interval(torch.ones(4, 1))
-
-
-@lru_cache(None)
-def model(): return load('faces')
+        assert m.item() == pytest.approx(row.mean(), abs=1e-4*size)
+        assert 2*h.item() == pytest.approx(high - low, rel=1e-3)
 
 
 def test_reconstruction_curve_is_the_similarity_of_reconstructions():
@@ -266,7 +291,8 @@ def test_reconstruction_curve_is_the_similarity_of_reconstructions():
     sims = reconstruction_curve(model(), x, levels, noises, steps=3)
     assert sims.shape == (3, 4) and sims[0].mean() > sims[1].mean() > sims[2].mean() and sims[0].min() > .9
     assert_close(sims[1], similarity(model().reconstruct(x, 500, noises, 3), x.expand(4, -1, -1, -1)))
-    assert_close(reconstruction_curve(model(), x, [500], [7], steps=3)[0, 0], sims[1, 2], atol=1e-5, rtol=0)   # a seed's noise depends on no other seed
+    alone = reconstruction_curve(model(), x, [500], [7], steps=3)[0, 0]   # a seed's noise depends on no other seed
+    assert_close(alone, sims[1, 2], atol=1e-5, rtol=0)
     pixels = reconstruction_curve(model(), x, [50], [5, 6], steps=3, describe=lambda v: unit_rows(v.flatten(1)))
     assert_close(pixels[0], torch.cosine_similarity(model().reconstruct(x, 50, [5, 6], 3).flatten(1), x.flatten(1)))
 
@@ -288,9 +314,11 @@ def test_drift_is_median_and_5th_percentile(sizes):
     p = np.minimum(100, [peak_signal_noise_ratio(x.numpy(), y.numpy(), data_range=2) for x, y in zip(a, b)])
     c = torch.cosine_similarity(describe(a), describe(b)).numpy()
     assert d.keys() == {'psnr_median', 'psnr_p5', 'cosine_median', 'cosine_p5'}
-    assert d['psnr_p5'] == pytest.approx(np.percentile(p, 5), abs=1e-2) and d['cosine_p5'] == pytest.approx(np.percentile(c, 5), abs=1e-4)
+    assert d['psnr_p5'] == pytest.approx(np.percentile(p, 5), abs=1e-2)
+    assert d['cosine_p5'] == pytest.approx(np.percentile(c, 5), abs=1e-4)
     # torch's median of an even number is the lower of the middle two
-    for key, v, e in (('psnr_median', p, 1e-2), ('cosine_median', c, 1e-4)): assert np.sort(v)[5] - e <= d[key] <= np.sort(v)[6] + e, key
+    for key, v, e in (('psnr_median', p, 1e-2), ('cosine_median', c, 1e-4)):
+        assert np.sort(v)[5] - e <= d[key] <= np.sort(v)[6] + e, key
 
 
 def test_drift_sees_another_person():
@@ -300,7 +328,8 @@ def test_drift_sees_another_person():
 
 # --- distances of sets ---
 
-sets = given(st.integers(0, 10**6), st.sampled_from([(20, 20), (35, 35), (12, 40)]), st.sampled_from([2, 5, 64]), st.floats(0, 2))
+sets = given(st.integers(0, 10**6), st.sampled_from([(20, 20), (35, 35), (12, 40)]), st.sampled_from([2, 5, 64]),
+             st.floats(0, 2))
 
 
 def two_sets(seed, sizes, dim, shift):
@@ -317,7 +346,8 @@ def unit_sets(*args): return [unit(x) for x in two_sets(*args)]
 def test_kid_is_that_of_torchmetrics(seed, sizes, dim, shift):
     a, b = unit_sets(seed, sizes, dim, shift)
     n = min(sizes)   # theirs wants sets of one size
-    assert kid(a[:n], b[:n]) == pytest.approx(poly_mmd(a[:n].double(), b[:n].double(), degree=3, gamma=1., coef=1.).item(), rel=1e-3, abs=1e-3)
+    theirs = poly_mmd(a[:n].double(), b[:n].double(), degree=3, gamma=1., coef=1.).item()
+    assert kid(a[:n], b[:n]) == pytest.approx(theirs, rel=1e-3, abs=1e-3)
 
 
 @sets
@@ -327,7 +357,8 @@ def test_kid_is_the_unbiased_mean_over_pairs(seed, sizes, dim, shift):
     a, b = (x.double().numpy() for x in unit_sets(seed, sizes, dim, shift))
     def k(x, y): return (x @ y + 1)**3
     def within(s): return np.mean([k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j])
-    assert kid(*unit_sets(seed, sizes, dim, shift)) == pytest.approx(within(a) + within(b) - 2*np.mean([k(x, y) for x in a for y in b]), rel=1e-3, abs=1e-3)
+    by_loops = within(a) + within(b) - 2*np.mean([k(x, y) for x in a for y in b])
+    assert kid(*unit_sets(seed, sizes, dim, shift)) == pytest.approx(by_loops, rel=1e-3, abs=1e-3)
 
 
 def test_kid_is_about_0_for_one_distribution_and_grows_with_the_shift():
@@ -351,7 +382,8 @@ def test_frechet_is_that_of_torchmetrics(seed, sizes, dim, shift):
 def test_frechet_is_the_formula_of_the_paper():
     a, b = two_sets(0, (40, 30), 5, .7)
     m, n, s, t = a.mean(0).numpy(), b.mean(0).numpy(), np.cov(a.numpy().T), np.cov(b.numpy().T)
-    assert frechet(a, b) == pytest.approx(((m - n)**2).sum() + np.trace(s + t - 2*sqrtm(s @ t).real), rel=1e-4)
+    formula = ((m - n)**2).sum() + np.trace(s + t - 2*sqrtm(s @ t).real)
+    assert frechet(a, b) == pytest.approx(formula, rel=1e-4)
 
 
 @given(st.integers(0, 10**6), st.floats(-3, 3), st.floats(.1, 3))
@@ -361,7 +393,8 @@ def test_frechet_of_known_gaussians(seed, shift, scale):
     for n in (50, 4):
         a = normal(n, 8, seed=seed).double()
         b = (a - a.mean(0))*scale + a.mean(0) + shift
-        assert frechet(a, b) == pytest.approx(8*shift**2 + (1 - scale)**2*a.T.cov().trace().item(), rel=1e-4, abs=1e-4)
+        exact = 8*shift**2 + (1 - scale)**2*a.T.cov().trace().item()
+        assert frechet(a, b) == pytest.approx(exact, rel=1e-4, abs=1e-4)
     assert frechet(a, a) == pytest.approx(0, abs=1e-6)
 
 
@@ -372,7 +405,8 @@ class Features(nn.Module):
 
 def test_torchmetrics_agrees_on_our_features():
     a, b = (((faces(other=k)+1)*127.5).round().to(torch.uint8) for k in (0, 1))
-    theirs = FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32)), KernelInceptionDistance(feature=Features(), subsets=2, subset_size=12, degree=3, gamma=1., coef=1.)
+    theirs = (FrechetInceptionDistance(feature=Features(), input_img_size=(3, 32, 32)),
+              KernelInceptionDistance(feature=Features(), subsets=2, subset_size=12, degree=3, gamma=1., coef=1.))
     for metric in theirs:
         metric.update(a, real=True)
         metric.update(b, real=False)
@@ -400,12 +434,6 @@ def test_frechet_is_biased_and_kid_is_not():
     assert abs(kids.mean()) < kids.std()
 
 
-@pytest.mark.parametrize('distance', [kid, frechet, precision_recall, lambda a, b: subsets(kid, a, b, 5)])
-@pytest.mark.parametrize('a, b', [((1, 4), (20, 4)), ((20, 4), (20, 5)), ((20,), (20, 4)), ((20, 4), (0, 4))])
-def test_sets_that_cannot_be_compared(distance, a, b):
-    with pytest.raises(ValueError, match=r'cannot be compared; expected \[N, D\] and \[M, D\], \d feature vectors or more'): distance(normal(*a), normal(*b))
-
-
 # --- precision and recall ---
 
 def by_loops(real, fake, k):
@@ -417,11 +445,12 @@ def by_loops(real, fake, k):
     return np.mean([inside(x, real) for x in fake]), np.mean([inside(x, fake) for x in real])
 
 
-@given(seed=st.integers(0, 10**6), n=st.integers(8, 40), m=st.integers(8, 40), k=st.integers(1, 5), shift=st.floats(0, 3))
+@given(st.integers(0, 10**6), st.integers(8, 40), st.integers(8, 40), st.integers(1, 5), st.floats(0, 3))
 @settings(max_examples=20)
 def test_precision_recall_by_loops(seed, n, m, k, shift):
     real, fake = normal(n, 3, seed=seed), .7*normal(m, 3, seed=seed + 1) + shift
-    assert precision_recall(real, fake, k) == pytest.approx(by_loops(real.double().tolist(), fake.double().tolist(), k), abs=1e-6)
+    theirs = by_loops(real.double().tolist(), fake.double().tolist(), k)
+    assert precision_recall(real, fake, k) == pytest.approx(theirs, abs=1e-6)
 
 
 def test_precision_recall_of_known_sets():
@@ -442,7 +471,8 @@ class Best(nn.Module):
 
     def __init__(self, mean, cov, side, abar):
         super().__init__()
-        self.mean, self.abar, self.config = mean.double(), abar.double(), SimpleNamespace(in_channels=1, out_channels=1, sample_size=side)
+        self.mean, self.abar = mean.double(), abar.double()
+        self.config = SimpleNamespace(in_channels=1, out_channels=1, sample_size=side)
         self.values, self.vectors = torch.linalg.eigh(cov.double())
 
     def forward(self, x_t, timestep):
@@ -460,7 +490,8 @@ def gaussian(mean, cov, side=8, **kw):
     scheduler = DDPMScheduler(prediction_type='sample', **kw)
     abar = scheduler.alphas_cumprod
     low = (1 - abar[0].double())/abar[0].double()
-    return Denoiser(Best(mean, cov, side, abar), scheduler), torch.distributions.MultivariateNormal(mean.double(), cov.double() + low*torch.eye(side*side))
+    density = torch.distributions.MultivariateNormal(mean.double(), cov.double() + low*torch.eye(side*side))
+    return Denoiser(Best(mean, cov, side, abar), scheduler), density
 
 
 def mixed(scale, seed=0):
@@ -469,17 +500,23 @@ def mixed(scale, seed=0):
     return scale*(a @ a.T + .3 + .05*torch.eye(64))
 
 
-def hadamard(n): return torch.ones(1, 1) if n == 1 else torch.kron(torch.tensor([[1., 1.], [1., -1.]]), hadamard(n//2))
+def hadamard(n):
+    return torch.ones(1, 1) if n == 1 else torch.kron(torch.tensor([[1., 1.], [1., -1.]]), hadamard(n//2))
+
+
 def in_bits(nats, D=64): return math.log2(127.5) - nats/(D*math.log(2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('scale, schedule', [(.01, 'linear'), (1., 'linear'), (.1, 'squaredcos_cap_v2')])
 def test_likelihood_of_a_known_gaussian(scale, schedule):
-    "With a full set of orthogonal signs Hutchinson's trace is exact, so that only the steps err: within 1 %, and less with more steps."
+    "With a full set of orthogonal signs the trace is exact, so that only the steps err: within 1 %, less with more."
     model, density = gaussian(.3*normal(64, seed=3), mixed(scale), beta_schedule=schedule)
     x = density.sample((2,)).float().view(2, 1, 8, 8)
-    a, exact = model.abar[0].sqrt(), in_bits(density.log_prob(x.flatten(1).double())).float()
-    def ours(steps): return in_bits(torch.stack([log_likelihood(model, a*x, e.view(1, 1, 8, 8).expand_as(x), steps) for e in hadamard(64)]).mean(0) + 64*a.log())
+    a, exact = model.schedule.abar[0].sqrt(), in_bits(density.log_prob(x.flatten(1).double())).float()
+    signs = [e.view(1, 1, 8, 8).expand_as(x) for e in hadamard(64)]
+    def ours(steps):
+        return in_bits(torch.stack([log_likelihood(model, a*x, e, steps) for e in signs]).mean(0) + 64*a.log())
     error = (ours(50) - exact).abs().max()
     assert error < .01*exact.min(), (error, exact)
     assert (ours(120) - exact).abs().max() < max(error/2, .01)
@@ -515,7 +552,7 @@ def test_bits_depend_on_the_seed_alone():
 def test_a_last_level_without_any_picture_does_no_harm():
     "Zero terminal SNR: log sigma of the last level is infinite, and left out."
     model, density = gaussian(torch.zeros(64), .1*torch.eye(64), rescale_betas_zero_snr=True)
-    assert model.abar[-1] < 1e-7
+    assert model.schedule.abar[-1] < 1e-7
     x = density.sample((4,)).float().view(4, 1, 8, 8)
     noisy = bits_per_dim(model, x, range(4), steps=100).mean(1)
     assert_close(noisy, in_bits(density.log_prob(x.flatten(1).double())).float(), rtol=.01, atol=0)
@@ -532,14 +569,15 @@ def test_likelihood_of_the_built_in_model():
 def test_denoising_error_by_loops():
     model, _ = gaussian(torch.zeros(64), mixed(.2))
     x, levels, noises = .4*normal(3, 1, 8, 8), (10, 300, 999), (2, 7)
-    errors = denoising_error(model, x, levels, noises)
+    errors, abar = denoising_error(model, x, levels, noises), model.schedule.abar
     assert errors.shape == (3, 3, 2)
     for i, t in enumerate(levels):
         for k, seed in enumerate(noises):
             eps = torch.randn(1, 8, 8, generator=torch.Generator().manual_seed(seed))
             for j in range(3):
-                x_t = model.abar[t].sqrt()*x[j] + (1 - model.abar[t]).sqrt()*eps
-                assert errors[i, j, k].item() == pytest.approx((model.predict(x_t[None], t)[0] - x[j]).square().mean().item(), rel=1e-4)
+                x_t = abar[t].sqrt()*x[j] + (1 - abar[t]).sqrt()*eps
+                error = (model.predict(x_t[None], t)[0] - x[j]).square().mean().item()
+                assert errors[i, j, k].item() == pytest.approx(error, rel=1e-4)
 
 
 def test_denoising_error_of_a_gaussian_is_its_posterior_variance():
@@ -547,8 +585,3 @@ def test_denoising_error_of_a_gaussian_is_its_posterior_variance():
     errors = denoising_error(model, .5*normal(200, 1, 8, 8), (100, 500, 900), range(20)).mean((1, 2))
     assert_close(errors, torch.stack([1/(4 + model.snr(t)) for t in (100, 500, 900)]), rtol=.05, atol=0)
     assert errors[0] < errors[1] < errors[2]
-
-
-@pytest.mark.parametrize('level', [-1, 1000])
-def test_denoising_error_of_a_level_that_does_not_exist(level):
-    with pytest.raises(ValueError, match='does not exist'): denoising_error(model(), faces(1), [level], [0])

@@ -1,148 +1,191 @@
-"The form of every notebook, and the notebooks' own checks (`nbdev_test`)."
+"The form of every notebook, rule by rule over all of them, and the notebooks' own checks (`nbdev_test`)."
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from make_setup import COLAB, NBS, NOTEBOOKS, badge, setup
 
-NBS = ROOT/'nbs'
-SETTINGS = ConfigParser(delimiters=['='])
-SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
-SETTINGS = SETTINGS['DEFAULT']
-REPO, BRANCH = f"{SETTINGS['user']}/{SETTINGS['repo']}", SETTINGS['branch']
-BADGE = 'https://colab.research.google.com/assets/colab-badge.svg'
-COLAB = f"https://colab.research.google.com/github/{REPO}/blob/{BRANCH}/{SETTINGS['nbs_path']}/"
-SETUP = '''#| hide
-try:
-    import google.colab  # on Colab, and only there, install the package; torch is already present and stays as it is
-    %pip install -q unlearn_nb
-except ImportError:
-    pass'''
-
-PATHS = sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-every_notebook = pytest.mark.parametrize('path', PATHS, ids=lambda p: p.relative_to(NBS).with_suffix('').as_posix())
+WIDEST = 120
+MEASURED = r'\*\*Measured\*\* on 2 CPU cores: (\d+) s[,.]'
 
 
-def read(path): return json.loads(path.read_text(encoding='utf-8'))
 def source(cell): return ''.join(cell['source'])
-def cells(path, kind): return [c for c in read(path)['cells'] if c['cell_type'] == kind]
-def sources(path, kind): return [source(c) for c in cells(path, kind)]
+def place(path): return path.relative_to(NBS).as_posix()
 def is_lesson(path): return path.parent == NBS and re.match(r'\d\d_', path.name) is not None
+def is_workshop(path): return path.parent.name == 'workshop'
 def targets(text): return re.findall(r'\]\(([^)\s]+)', text) + re.findall(r'\b(?:src|href)="([^"]+)"', text)
 
 
-@every_notebook
-def test_place_and_name(path):
-    place = path.relative_to(NBS).as_posix()
-    assert re.fullmatch(r'(index|method_on_one_page)\.ipynb|(tutorials/)?\d\d_[a-z0-9_]+\.ipynb', place), place
+class Notebook:
+    "One notebook as the rules see it."
+    def __init__(self, path):
+        self.path, nb = path, json.loads(path.read_text(encoding='utf-8'))
+        self.cells, self.metadata = nb['cells'], nb['metadata']
+        self.code = [c for c in self.cells if c['cell_type'] == 'code']
+        self.text = [source(c) for c in self.cells if c['cell_type'] == 'markdown']
+        self.outputs = [o for c in self.code for o in c['outputs']]
+
+    def found(self, pattern): return [m for c in self.code for m in re.findall(pattern, source(c), re.M)]
+
+
+# Every rule takes a Notebook and yields what is wrong with it.
+
+def it_lies_in_its_place(nb):
+    places = r'(index|method_on_one_page|(tutorials/)?\d\d_[a-z0-9_]+|workshop/[a-z_]+)\.ipynb'
+    if not re.fullmatch(places, place(nb.path)): yield 'no such place or name'
+
+
+def it_begins_as_all_do(nb):
+    title, its_badge, its_setup = nb.cells[:3]
+    if not re.fullmatch(r'# \S[^\n]*\n+> \S[^\n]*', source(title).strip()):
+        yield 'the first cell is `# Title` and `> description`, nothing else'
+    if source(its_badge).strip() != badge(nb.path): yield 'run: python tests/make_setup.py (badge)'
+    if source(its_setup).strip() != setup() or its_setup['outputs']:
+        yield 'run: python tests/make_setup.py (setup cell)'
+
+
+def its_title_carries_its_number(nb):
+    number = re.match(r'\d\d(?=_)', nb.path.name)
+    title = source(nb.cells[0]).split('\n')[0]
+    if number and not title.startswith(f'# {number[0]} '): yield f'its title is {title!r}; it begins with # {number[0]}'
+    if not number and re.match(r'# \d', title): yield f'its title {title!r} has a number, its file none'
+
+
+def it_exports_its_own_module(nb):
+    named, exports = nb.found(r'^#\|\s*default_exp\s+(\S+)'), nb.found(r'^#\|\s*(exports?)\b')
+    if is_lesson(nb.path) or is_workshop(nb.path):
+        if named != [re.sub(r'^\d\d_', '', nb.path.stem)]: yield f'default_exp is {named}'
+    elif named or exports: yield 'it tells a story and exports nothing'
+
+
+def its_outputs_are_saved_and_good(nb):
+    for o in nb.outputs:
+        if o['output_type'] == 'error': yield f"a stored error: {o.get('ename')}"
+        if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {}):
+            yield 'a stored warning or progress bar'
+    if len(nb.code) > 1 and not nb.outputs: yield 'run it and save its outputs'
+    if 'widgets' in nb.metadata: yield 'stored widgets, which GitHub cannot show'
+    for c in nb.code:   # what prints or plots has something stored, or the notebook was not run as it is
+        s = re.sub(r'^#\|.*\n?', '', source(c), flags=re.M).strip()
+        shows = re.search(r'^(fig, |_, )?\w* ?= ?plt\.subplots\(|^print\(', s, re.M) and 'def ' not in s
+        if not c['outputs'] and shows:
+            yield f"run it: no output of {s.split(chr(10))[0]!r}"
+
+
+def it_says_near_the_top_what_it_took(nb):
+    if nb.path.stem == 'index': return
+    took = re.findall(MEASURED, '\n'.join(source(c) for c in nb.cells[:6] if c['cell_type'] == 'markdown'))
+    if len(took) != 1 or int(took[0]) < 1: yield 'run: python tests/run_notebooks.py ' + place(nb.path)
+
+
+def it_is_small(nb):
+    if nb.path.stat().st_size >= 2_000_000: yield 'it is over 2 MB'
+
+
+def it_asks_colab_for_a_gpu(nb):
+    m = nb.metadata
+    found = m.get('accelerator'), m.get('colab', {}).get('gpuType'), m['kernelspec']['name']
+    if found != ('GPU', 'T4', 'python3'):
+        yield 'its metadata name another accelerator, GPU or kernel'
+
+
+def it_runs_on_colab(nb):
+    for c in nb.code[1:]:
+        if re.search(r'^\s*[%!]?\s*pip install|subprocess.*\bpip\b', source(c), re.M):
+            yield 'it installs outside the setup cell'
+    yield from nb.found(r'\bshow_doc\b|\bnbdev_export\(|eval:\s*false|from nbdev\b|import nbdev\b|\bfastcore\b')
+
+
+def its_code_is_short_and_narrow(nb):
+    for c in nb.code:
+        lines = source(c).strip().split('\n')
+        if len(lines) > 40: yield f'a cell of {len(lines)} lines: {lines[0]}'
+        wide = [l for l in lines if len(l) > WIDEST and not l.startswith('#|')]
+        yield from (f'a line of {len(l)} characters: {l[:60]} ...' for l in wide)
+
+
+def its_imports_stand_alone(nb):
+    "nbdev runs cells with imports whole for the site, without the cells between them."
+    for c in nb.code:
+        s = source(c)
+        exported = re.search(r'^#\|\s*(exports?|exporti|hide)\b', s, re.M)
+        if exported or not re.search(r'^(from|import) ', s, re.M): continue
+        rest = re.sub(r'^(from \S+ )?import (\([^)]*\)|[^\n]*(\\\n[^\n]*)*)$', '', s, flags=re.M)
+        if re.sub(r'^#.*$', '', rest, flags=re.M).strip():
+            yield f'give the imports a cell of their own: {s.split(chr(10))[0]}'
+
+
+def its_figures_are_told_in_words(nb):
+    for c in nb.code:
+        pictured = any('image/png' in o.get('data', {}) for o in c['outputs'])
+        if pictured and not re.search(r'^#\| fig-alt: ".{20}', source(c), re.M):
+            yield f"a picture without fig-alt: {source(c).strip().split(chr(10))[-1][:60]}"
+
+
+def its_links_and_images_are_there(nb):
+    for target in (t for s in nb.text for t in targets(s)):
+        if target.startswith(COLAB): there = (NBS/target.removeprefix(COLAB)).is_file()
+        else: there = bool(re.match(r'[a-z]+:|#', target)) or (nb.path.parent/target.split('#')[0]).exists()
+        foreign = 'colab.research.google.com/github/' in target.replace(COLAB, '')
+        if not there or foreign: yield f'{target} leads nowhere'
+
+
+def it_names_no_old_word(nb):
+    for s in nb.text + [source(c) for c in nb.code]:
+        yield from (f'{m!r} has another name now' for m in re.findall(OLD, s))
+
+
+OLD = (r'\b(?:whiten|own_share|way_share|own_states|form_of|at_once|free_text)\b'
+       r'|\broom `|\b(?:this|a|each|every) room\b')
+RULES = [f for f in list(globals().values()) if getattr(f, '__code__', None) and f.__code__.co_varnames[:1] == ('nb',)]
+
+
+@pytest.fixture(scope='module')
+def notebooks(): return [Notebook(p) for p in NOTEBOOKS]
+
+
+@pytest.mark.parametrize('rule', RULES, ids=lambda f: f.__name__)
+def test_form(rule, notebooks):
+    wrong = [f'{place(nb.path)}: {what}' for nb in notebooks for what in rule(nb)]
+    assert not wrong, '\n'.join(wrong)
 
 
 def test_page_names_differ():
-    pages = [re.sub(r'^\d\d_', '', p.stem) for p in PATHS]  # the site drops the numbers
+    pages = [re.sub(r'\d\d_', '', place(p)) for p in NOTEBOOKS]   # the site drops the numbers
     assert len(set(pages)) == len(pages), pages
 
 
-@every_notebook
-def test_first_three_cells(path):
-    title, badge, setup = read(path)['cells'][:3]
-    assert [c['cell_type'] for c in (title, badge, setup)] == ['markdown', 'markdown', 'code']
-    assert re.fullmatch(r'# \S[^\n]*\n+> \S[^\n]*', source(title).strip()), 'the first cell is `# Title` and `> description`, nothing else'
-    assert source(badge).strip() == f'[![Open In Colab]({BADGE})]({COLAB}{path.relative_to(NBS).as_posix()})'
-    assert source(setup).strip() == SETUP and not setup['outputs']
+def test_numbers_have_no_gaps():
+    for folder in (NBS, NBS/'tutorials'):
+        numbers = [int(p.name[:2]) for p in NOTEBOOKS if p.parent == folder and re.match(r'\d\d_', p.name)]
+        first = 0 if folder == NBS else 1
+        assert numbers == list(range(first, first + len(numbers)))
 
 
-@every_notebook
-def test_installs_in_the_setup_cell_only(path):
-    assert not [s for s in sources(path, 'code')[1:] if re.search(r'^\s*[%!]?\s*pip install|subprocess.*\bpip\b', s, re.M)]
+def test_next_leads_to_the_next():
+    "A lesson's last link under Next is the lesson with the next number; the last one leads to a tutorial."
+    lessons = [p for p in NOTEBOOKS if is_lesson(p)]
+    wrong = []
+    for path, after in zip(lessons, lessons[1:]):
+        last = Notebook(path).text[-1]
+        found = re.search(r'\*\*Next\W*\*\*.*?\]\(([^)#]+)', last, re.S)
+        if not found or found[1] != after.name: wrong.append(f'{path.name}: {found and found[1]}, not {after.name}')
+    assert not wrong, '\n'.join(wrong)
 
 
-@every_notebook
-def test_default_exp(path):
-    named = [m for s in sources(path, 'code') for m in re.findall(r'^#\|\s*default_exp\s+(\S+)', s, re.M)]
-    assert named == ([path.stem[3:]] if is_lesson(path) else [])
-    if not is_lesson(path): assert not [s for s in sources(path, 'code') if re.search(r'^#\|\s*exports?\b', s, re.M)]
-
-
-@every_notebook
-def test_outputs_are_saved_and_good(path):
-    code = cells(path, 'code')
-    outputs = [o for c in code for o in c['outputs']]
-    assert not [o for o in outputs if o['output_type'] == 'error'], 'a stored error'
-    assert not [o for o in outputs if o.get('name') == 'stderr' or 'application/vnd.jupyter.widget-view+json' in o.get('data', {})], 'stored warnings or progress'
-    assert len(code) == 1 or outputs, 'run the notebook and save its outputs'
-    assert 'widgets' not in read(path)['metadata'], 'stored widgets, which GitHub cannot show'
-
-@every_notebook
-def test_every_code_cell_that_shows_something_has_its_output(path):
-    "A cell that prints, plots or ends in an expression has something stored, or the notebook was not run as it is."
-    silent = []
-    for c in cells(path, 'code'):
-        s = source(c).strip()
-        if s.startswith('#|') or c['outputs']: continue
-        if re.search(r'\bplt\.subplots\(|^print\(', s, re.M): silent.append(s.split('\n', 1)[0])
-    assert not silent, f'run the notebook: {silent}'
-
-
-@every_notebook
-def test_what_it_took_is_near_the_top(path):
-    if path.stem == 'index': return
-    top = '\n'.join(source(c) for c in read(path)['cells'][:6] if c['cell_type'] == 'markdown')
-    took = re.findall(r'\*\*Measured\*\* on 2 CPU cores: (\d+) s[,.]', top)
-    assert len(took) == 1 and int(took[0]) > 0, 'run: python tests/run_notebooks.py ' + path.name
-
-
-@every_notebook
-def test_file_is_small(path): assert path.stat().st_size < 2_000_000
-
-
-@every_notebook
-def test_metadata_asks_colab_for_a_gpu(path):
-    metadata = read(path)['metadata']
-    assert metadata.get('accelerator') == 'GPU' and metadata.get('colab', {}).get('gpuType') == 'T4'
-    assert metadata.get('kernelspec', {}).get('name') == 'python3'
-
-
-@every_notebook
-def test_nothing_that_fails_on_colab(path):
-    code = '\n'.join(sources(path, 'code'))
-    assert not re.search(r'\bshow_doc\b|\bnbdev_export\(|eval:\s*false', code)
-
-
-@every_notebook
-def test_code_cells_are_short(path):
-    long = [s.split('\n', 1)[0] for s in sources(path, 'code') if len(s.strip().split('\n')) > 40]
-    assert not long, f'cells of more than 40 lines: {long}'
-
-
-@every_notebook
-def test_images_are_in_the_repository(path):
-    for cell in cells(path, 'markdown'):
-        images = re.findall(r'!\[[^\]]*\]\(([^)\s]+)', source(cell)) + re.findall(r'<img[^>]*\bsrc="([^"]+)"', source(cell))
-        for image in images:
-            if image.startswith('attachment:'): assert image[11:] in cell.get('attachments', {}), image
-            else: assert image == BADGE or (path.parent/image).is_file(), f'{image}: an attachment, an output or a file of the repository'
-
-
-@every_notebook
-def test_links_lead_somewhere(path):
-    for target in (t for s in sources(path, 'markdown') for t in targets(s)):
-        if target.startswith(COLAB): assert (NBS/target.removeprefix(COLAB)).is_file(), target
-        elif not re.match(r'[a-z]+:|#', target): assert (path.parent/target.split('#')[0]).exists(), target
-        assert target == target.strip() and 'colab.research.google.com/github/' not in target.replace(COLAB, ''), f'{target}: a badge of another repository'
-
-
+@pytest.mark.notebooks
 def test_nbdev_test(copy):
     "All notebooks run from top to bottom, two at a time, and their asserts hold."
     command = [Path(sys.executable).parent/'nbdev_test', '--n_workers', '2', '--timing', '--do_print']
     env = {**os.environ, 'OMP_NUM_THREADS': str(max(1, (os.cpu_count() or 2)//2))}
-    run = subprocess.Popen(command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    run = subprocess.Popen(command, cwd=copy, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                           start_new_session=True)
     try: out, _ = run.communicate(timeout=3300)
     except subprocess.TimeoutExpired:
         os.killpg(run.pid, signal.SIGKILL)

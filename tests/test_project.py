@@ -5,7 +5,6 @@ import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from configparser import ConfigParser
 from pathlib import Path
 
 import pytest
@@ -14,29 +13,18 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from conftest import ROOT, source_files
-from make_readme import film, picture, readme
+from make_readme import film, hero, readme
+from make_setup import NBS, NOTEBOOKS, SETTINGS
 
-PACKAGE, NBS = ROOT/'unlearn_nb', ROOT/'nbs'
-FLOORS = [  # imports go from a later line to an earlier one, and never sideways
-    ['faces', 'flags', 'figures'],
-    ['denoiser', 'weights', 'surgery'],
-    ['zoo', 'surrogates', 'retain', 'hotfix', 'metrics', 'train'],
-    ['unlearn', 'audit', 'train_text'],
-    ['report', 'bench'],
-    ['baselines', 'erasers'],
-    ['cli', 'studio'],
-]
-FLOOR = {room: n for n, rooms in enumerate(FLOORS) for room in rooms}
-ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if p.stem not in ('__init__', '__main__', '_modidx'))
+PACKAGE = ROOT/'unlearn_nb'
+LESSONS = {p.stem[3:]: p for p in NOTEBOOKS if p.parent == NBS and re.match(r'\d\d_', p.name)}   # in reading order
+WORKSHOP = {p.stem: p for p in NOTEBOOKS if p.parent.name == 'workshop'}
+MODULES = sorted(p.stem for p in PACKAGE.glob('*.py') if p.stem not in ('__init__', '__main__', '_modidx'))
 DEV_ONLY = 'nbdev fastcore execnb ghapi fastgit'.split()
-SETTINGS = ConfigParser(delimiters=['='])
-SETTINGS.read(ROOT/'settings.ini', encoding='utf-8')
-SETTINGS = SETTINGS['DEFAULT']
 RUNTIME, DEV = ([Requirement(r) for r in SETTINGS[key].split()] for key in ('requirements', 'dev_requirements'))
 
 
-def notebooks(): return sorted(p for p in NBS.rglob('*.ipynb') if '.ipynb_checkpoints' not in p.parts)
-def room_tree(room): return ast.parse((PACKAGE/f'{room}.py').read_text(encoding='utf-8'))
+def tree_of(module): return ast.parse((PACKAGE/f'{module}.py').read_text(encoding='utf-8'))
 
 
 def imports(tree):
@@ -48,10 +36,16 @@ def imports(tree):
             yield from (f'{module}.{a.name}' for a in node.names)
 
 
+def used(tree):
+    "The modules of this package that a tree imports."
+    return {name.split('.')[1] for name in imports(tree) if name.startswith('unlearn_nb.')} & set(MODULES)
+
+
 def notebook_tree(path):
     "The notebook's code cells as one syntax tree, magics left out."
     cells = json.loads(path.read_text(encoding='utf-8'))['cells']
-    code = '\n'.join(''.join(c['source']) for c in cells if c['cell_type'] == 'code' and not ''.join(c['source']).startswith('%%'))
+    sources = [''.join(c['source']) for c in cells if c['cell_type'] == 'code']
+    code = '\n'.join(s for s in sources if not s.startswith('%%'))
     return ast.parse(re.sub(r'^(\s*)[%!].*$', r'\1pass', code, flags=re.M))
 
 
@@ -59,7 +53,9 @@ def notebook_tree(path):
 
 @pytest.mark.parametrize('command', ['nbdev_clean', 'nbdev_export'])
 def test_nbdev_command_leaves_no_diff(command, copy):
-    files = lambda: {p.relative_to(copy): p.read_bytes() for p in copy.rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    def files():
+        found = [p for p in copy.rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+        return {p.relative_to(copy): p.read_bytes() for p in found}
     before = files()
     run = subprocess.run([Path(sys.executable).parent/command], cwd=copy, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
@@ -68,24 +64,28 @@ def test_nbdev_command_leaves_no_diff(command, copy):
     assert not changed, f'run {command}; it changes {changed}'
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_room_comes_from_a_notebook_that_exists(room):
-    made_from = re.search(r'File to edit: (\S+?)\.?$', (PACKAGE/f'{room}.py').read_text(encoding='utf-8'), re.M)
-    assert made_from and (PACKAGE/made_from[1]).is_file(), f'unlearn_nb/{room}.py comes from no notebook: delete it, or write the notebook'
+def test_every_module_comes_from_its_notebook():
+    for module in MODULES:
+        made_from = re.search(r'File to edit: (\S+?)\.?$', (PACKAGE/f'{module}.py').read_text(encoding='utf-8'), re.M)
+        assert made_from and (PACKAGE/made_from[1]).is_file(), f'unlearn_nb/{module}.py comes from no notebook'
+    assert MODULES == sorted([*LESSONS, *WORKSHOP])
 
 
 def test_readme_is_made_from_index():
     assert (ROOT/'README.md').read_text(encoding='utf-8') == readme(), 'run: python tests/make_readme.py'
 
 
-def test_the_pictures_of_the_readme_are_those_of_the_first_tutorial():
-    assert (NBS/'images/before_after.png').read_bytes() == picture() and (NBS/'images/path.gif').read_bytes() == film(), 'run: python tests/make_readme.py'
+def test_the_pictures_of_the_readme_are_what_notebooks_show():
+    now = {name: (NBS/'images'/name).read_bytes() for name in ('hero.png', 'path.gif')}
+    assert now == {'hero.png': hero(), 'path.gif': film()}, 'run: python tests/make_readme.py'
 
 
 def test_readme_has_the_two_commands():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
-    for command in ('pip install -c constraints.txt . && unlearn_nb demo', "pip install -c constraints.txt -e '.[dev]' && pytest"):
-        assert f'\n{command}\n' in text
+    commands = ['git clone https://github.com/unlearn-nb/unlearn_nb && cd unlearn_nb',
+                'pip install -c constraints.txt . && unlearn_nb demo',
+                "pip install -c constraints.txt -e '.[dev]' && pytest"]
+    assert [c for c in commands if f'\n{c}\n' in text] == commands
 
 
 def test_readme_links_exist():
@@ -93,20 +93,42 @@ def test_readme_links_exist():
     assert not [l for l in links if '://' not in l and not (ROOT/l).exists()]
 
 
-def test_sidebar_lists_the_notebooks_that_exist():
-    "Start, the lessons and the tutorials in number order, and what is made for reference."
+def first_line(path):
+    return ''.join(json.loads(path.read_text(encoding='utf-8'))['cells'][0]['source']).split('\n')[0]
+
+
+def entries(contents):
+    "(page, text) of a part of the sidebar."
+    return [(e, None) if isinstance(e, str) else (e['href'], e['text']) for e in contents]
+
+
+def test_sidebar_index_and_titles_agree():
+    "The same pages in the same order under the same names: in the sidebar, in the tables of the index, on the pages."
+    place = {p.relative_to(NBS).as_posix(): p for p in NOTEBOOKS}
+    def title(page): return first_line(place[page]).removeprefix('# ')
     sidebar = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
-    listed = {section['section']: section['contents'] for section in sidebar}
-    there = sorted(p.relative_to(NBS).as_posix() for p in notebooks())
-    assert list(listed) == ['Start', 'Lessons', 'Tutorials', 'Reference']
-    assert listed['Start'] == ['index.ipynb', 'method_on_one_page.ipynb']
-    assert listed['Lessons'] == [p for p in there if re.match(r'\d\d_', p)] and listed['Tutorials'] == [p for p in there if '/' in p]
-    assert not set(there) - {p for pages in listed.values() for p in pages}
-    assert listed['Reference'] == ['reference.md', 'models/faces.md', 'models/flags.md']
+    listed = {section['section']: entries(section['contents']) for section in sidebar}
+    assert list(listed) == ['Start', 'Lessons', 'Tutorials', 'Workshop', 'Reference']
+    pages = {name: [page for page, _ in part] for name, part in listed.items()}
+    assert pages['Start'] == ['index.ipynb', 'method_on_one_page.ipynb']
+    assert pages['Lessons'] == [p for p in place if re.match(r'\d\d_', p)]
+    assert pages['Tutorials'] == [p for p in place if p.startswith('tutorials/')]
+    assert sorted(pages['Workshop']) == [p for p in place if p.startswith('workshop/')]
+    assert pages['Reference'] == ['reference.md', 'models/faces.md', 'models/flags.md']
+    named = [(page, text) for part in list(listed.values())[:-1] for page, text in part if text]
+    assert not [(page, text, title(page)) for page, text in named if text != title(page)]
+    cells = json.loads((NBS/'index.ipynb').read_text(encoding='utf-8'))['cells']
+    index = '\n'.join(''.join(c['source']) for c in cells)
+    rows = re.findall(r'^\| \[([^\]]+)\]\(([^)]+)\)', index, re.M)
+    assert [page for _, page in rows[:-len(pages['Workshop'])]] == [
+        'method_on_one_page.ipynb', *pages['Lessons'], *pages['Tutorials']]
+    assert sorted(page for _, page in rows[-len(pages['Workshop']):]) == sorted(pages['Workshop'])
+    assert not [(page, text, title(page)) for text, page in rows if text != title(page)]
 
 
 def test_quarto_include_is_one_line():
-    assert (NBS/'_quarto.yml').read_text(encoding='utf-8').split('\n', 1) == ['metadata-files: [../_quarto.yml, nbdev.yml]', '']
+    text = (NBS/'_quarto.yml').read_text(encoding='utf-8')
+    assert text == 'metadata-files: [../_quarto.yml, nbdev.yml]\n'
 
 
 # --- the package ---
@@ -118,50 +140,70 @@ def test_pyflakes_is_silent():
 
 @pytest.fixture(scope='session')
 def lone_imports():
-    "Each module's import in an interpreter of its own, two at a time, with the tools that only developers have made unimportable."
+    "Each module's import in an interpreter of its own, two at a time, without the tools that only developers have."
     hidden = DEV_ONLY + 'torchjd torchmetrics skimage hypothesis pytest'.split()
     def run(module):
         code = f'import sys; sys.modules.update(dict.fromkeys({hidden!r})); import {module}'
         return subprocess.run([sys.executable, '-c', code], cwd=ROOT, capture_output=True, text=True, timeout=300)
     with ThreadPoolExecutor(2) as pool:
-        yield {m: pool.submit(run, m) for m in ['unlearn_nb', *(f'unlearn_nb.{r}' for r in ROOMS)]}
+        yield {m: pool.submit(run, m) for m in ['unlearn_nb', *(f'unlearn_nb.{m}' for m in MODULES)]}
 
 
-@pytest.mark.parametrize('module', ['unlearn_nb', *(f'unlearn_nb.{r}' for r in ROOMS)])
-def test_module_imports_alone(module, lone_imports):
-    run = lone_imports[module].result()
-    assert run.returncode == 0, run.stderr
-    assert not run.stdout, f'importing {module} prints: {run.stdout}'
+@pytest.mark.slow
+def test_every_module_imports_alone(lone_imports):
+    for module, future in lone_imports.items():
+        run = future.result()
+        assert run.returncode == 0 and not run.stdout, f'{module}: {run.stdout}{run.stderr}'
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_imports_go_down(room):
-    assert room in FLOOR, f'{room} has no floor: add it to the table of rooms'
-    used = {name.split('.')[1] for name in imports(room_tree(room)) if name.startswith('unlearn_nb.')} & (FLOOR.keys() | set(ROOMS))
-    wrong = {r: FLOOR.get(r) for r in used if FLOOR.get(r, 99) >= FLOOR[room]}
-    assert not wrong, f'{room} is on floor {FLOOR[room]} and imports {wrong}'
+def needs(module, seen=()):
+    "All modules that a module imports, and those that these import."
+    assert module not in seen, f'{module} imports itself by way of {seen}'
+    direct = used(tree_of(module)) - {module}
+    return direct.union(*(needs(m, (*seen, module)) for m in direct)) if direct else direct
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_public_names_are_few(room):
-    names = [ast.literal_eval(n.value) for n in room_tree(room).body if isinstance(n, ast.Assign) and getattr(n.targets[0], 'id', '') == '__all__']
-    assert len(names) == 1 and len(names[0]) <= 16, names
+def test_number_order_is_import_order_is_reading_order():
+    """A lesson uses what earlier lessons taught: its module by all that it needs, its shown cells by what they import.
+
+    Modules of the workshop are tools. Cells may call any; a module may need one that stands on earlier lessons."""
+    number = {name: n for n, name in enumerate(LESSONS)}
+    wrong = []
+    for lesson, path in LESSONS.items():
+        later = {m for m in needs(lesson) | used(notebook_tree(path)) if number.get(m, -1) > number[lesson]}
+        if later: wrong.append(f'{path.name} uses {sorted(later)}')
+    assert not wrong, '\n'.join(wrong)
 
 
-@pytest.mark.parametrize('room', ROOMS)
-def test_package_needs_no_nbdev(room):
-    assert not [n for n in imports(room_tree(room)) if n.split('.')[0] in DEV_ONLY]
+def test_no_private_name_crosses_a_border():
+    "What one module takes from another is public there, or at least has no underscore; what is public is little."
+    for module in MODULES:
+        tree = tree_of(module)
+        ours = [n for n in imports(tree) if n.startswith('unlearn_nb.')]
+        taken = [n for n in ours if n.split('.')[-1].startswith('_') and '__' not in n]
+        assert not taken, f'{module} imports {taken}'
+        assigned = [n for n in tree.body if isinstance(n, ast.Assign)]
+        names = [ast.literal_eval(n.value) for n in assigned if getattr(n.targets[0], 'id', '') == '__all__']
+        assert len(names) == 1 and len(names[0]) <= 16, f'{module}: {names}'
 
 
-@pytest.mark.parametrize('path', notebooks(), ids=lambda p: p.stem)
-def test_notebook_needs_no_nbdev(path):
-    assert not [n for n in imports(notebook_tree(path)) if n.split('.')[0] in DEV_ONLY]
+def test_package_and_notebooks_need_no_nbdev():
+    trees = {module: tree_of(module) for module in MODULES} | {p.name: notebook_tree(p) for p in NOTEBOOKS}
+    assert not {name for name, tree in trees.items() if any(n.split('.')[0] in DEV_ONLY for n in imports(tree))}
+
+
+def test_lines_are_narrow():
+    "At most 120 characters in modules and tests (the notebooks have a rule of their own)."
+    files = [*(PACKAGE/f'{m}.py' for m in MODULES), *(ROOT/'tests').glob('*.py')]
+    lines = [(f'{f.name}:{n}', l) for f in files for n, l in enumerate(f.read_text(encoding='utf-8').split('\n'), 1)]
+    wide = [where for where, l in lines if len(l) > 120 and not l.startswith('#|')]
+    assert not wide, wide
 
 
 def test_assets_are_small_and_shipped():
     assets = [p for p in (PACKAGE/'assets').rglob('*') if p.is_file()]
     assert sum(p.stat().st_size for p in assets) <= 10e6
-    assert not [p.name for p in assets if p.suffix not in ('.safetensors', '.json')], 'setup.py ships .safetensors and .json'
+    assert not [p.name for p in assets if p.suffix not in ('.safetensors', '.json')], 'setup.py ships these two only'
 
 
 # --- versions ---
@@ -176,14 +218,17 @@ def test_requirements_are_lower_bounds():
 
 
 def test_constraints_satisfy_settings():
-    lines = [l for l in (ROOT/'constraints.txt').read_text(encoding='utf-8').splitlines() if l and not l.startswith('#')]
+    text = (ROOT/'constraints.txt').read_text(encoding='utf-8')
+    lines = [l for l in text.splitlines() if l and not l.startswith('#')]
     pins = [Requirement(l) for l in lines]
-    assert not [str(p) for p in pins if p.url or p.extras or not re.fullmatch(r'==[\w.]+', str(p.specifier))], 'one name==version a line'
+    def odd(p): return p.url or p.extras or not re.fullmatch(r'==[\w.]+', str(p.specifier))
+    assert not [str(p) for p in pins if odd(p)], 'one name==version a line'
     version = {canonicalize_name(p.name): str(p.specifier)[2:] for p in pins}
     assert len(version) == len(lines)
     for r in RUNTIME + DEV:
         assert canonicalize_name(r.name) in version, f'constraints.txt has no line for {r.name}'
-        assert r.specifier.contains(version[canonicalize_name(r.name)], prereleases=True), f'constraints.txt does not satisfy {r}'
+        pinned = version[canonicalize_name(r.name)]
+        assert r.specifier.contains(pinned, prereleases=True), f'constraints.txt does not satisfy {r}'
 
 
 # --- nothing of the writer's machine ---
@@ -196,3 +241,33 @@ def test_no_file_names_a_machine_path():
         except UnicodeDecodeError: continue
         found += [f'{file}: {text[max(m.start() - 20, 0):m.end() + 20]!r}' for m in path.finditer(text)]
     assert not found, found
+
+
+# --- the project's texts ---
+
+def test_citation_names_this_version_and_the_paper():
+    cite = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    text = (ROOT/'README.md').read_text(encoding='utf-8')
+    told = cite['cff-version'], cite['version'], cite['repository-code']
+    assert told == ('1.2.0', SETTINGS['version'], SETTINGS['git_url'])
+    [paper] = cite['references']
+    assert paper['url'] == 'https://arxiv.org/abs/2603.10445'
+    assert [i['value'] for i in paper['identifiers']] == ['arXiv:2603.10445']
+    told = re.search(r'\*(.+)\* by ([\w, ]+)\n\(\[arXiv ([\d.]+)\]\((\S+?)\)\)', text).groups()   # the README's paper
+    *first, last = [a['family-names'] for a in paper['authors']]
+    assert told == (paper['title'], f"{', '.join(first)} and {last}", '2603.10445', paper['url'])
+
+
+def test_changelog_has_this_version():
+    versions = re.findall(r'^## \[?([\w.]+)\]?', (ROOT/'CHANGELOG.md').read_text(encoding='utf-8'), re.M)
+    assert SETTINGS['version'] in versions[:2]
+
+
+def test_contributing_names_what_exists():
+    text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    named = set(re.findall(r'(?:tests|nbs|unlearn_nb|\.github|\.ci)/[\w./]+\w', text)) - {'tests/test_MODULE.py'}
+    assert named and not [name for name in named if not (ROOT/name).exists()]
+    tests = {f'tests/{p.name}' for p in (ROOT/'tests').glob('*.py')} - {f'tests/test_{module}.py' for module in MODULES}
+    assert not tests - named, 'say what each file of tests/ is for'
+
+

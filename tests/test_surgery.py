@@ -5,8 +5,9 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from torch.testing import assert_close
 from torchjd.aggregation import GradVac, PCGrad
 
 from unlearn_nb import surgery
@@ -17,7 +18,6 @@ def fresh_subspace(g_f, g_r): return subspace()(g_f, g_r)
 def subspace_of_one(g_f, g_r): return subspace(m=1)(g_f, g_r)
 
 EVERY = [plain, one_sided, symmetric, per_tensor, vaccine, cagrad, fresh_subspace]
-every_rule = pytest.mark.parametrize('rule', EVERY, ids=lambda r: r.__name__)
 SHAPES = [(3,), (2, 2), (1, 1, 2)]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}   # a direction is rounded to its dtype once
 
@@ -64,11 +64,10 @@ def test_per_tensor_harms_neither_in_any_tensor(f, r, i, j):
         assert harm([d], [x], [y]) <= 1 and harm([d], [y], [x]) <= 1
 
 
-@pytest.mark.parametrize('rule', [one_sided, fresh_subspace, subspace_of_one], ids=lambda r: r.__name__)
 @given(f=gradients, r=gradients, i=exponents, j=exponents)
-def test_one_sided_and_subspace_never_harm_retain(rule, f, r, i, j):
+def test_one_sided_and_subspace_never_harm_retain(f, r, i, j):
     f, r = scaled(f, i), scaled(r, j)
-    assert harm(rule(f, r), r, f) <= 1
+    for rule in (one_sided, fresh_subspace, subspace_of_one): assert harm(rule(f, r), r, f) <= 1
 
 
 @given(gradients, gradients, st.floats(1.1, 100))
@@ -83,11 +82,11 @@ def test_one_sided_reverses_forgetting_beyond_alpha_star(f, r, factor):
     assert dot(symmetric(f, more), f) == pytest.approx(kept, rel=1e-2)
 
 
-@pytest.mark.parametrize('rule', [plain, one_sided, symmetric, fresh_subspace, partial(vaccine, rho=0.)], ids=['plain', 'one_sided', 'symmetric', 'subspace', 'vaccine 0'])
 @given(f=gradients, r=gradients)
-def test_no_conflict_no_change(rule, f, r):
+def test_no_conflict_no_change(f, r):
     assume(dot(f, r) > 1e-6)
-    for d, x, y in zip(rule(f, r), f, r, strict=True): assert torch.equal(d, x + y)
+    for rule in (plain, one_sided, symmetric, fresh_subspace, partial(vaccine, rho=0.)):
+        for d, x, y in zip(rule(f, r), f, r, strict=True): assert torch.equal(d, x + y)
 
 
 @given(gradients, gradients)
@@ -104,40 +103,42 @@ def test_conflict_changes_the_sum(f, r):
     assert (flat(one_sided(f, r)) - summed).norm() > 1e-4 and (flat(symmetric(f, r)) - summed).norm() > 1e-4
 
 
-@every_rule
 @given(g=gradients, exponent=exponents)
-def test_a_zero_gradient_leaves_the_other_as_it_is(rule, g, exponent):
+def test_a_zero_gradient_leaves_the_other_as_it_is(g, exponent):
     g, zero = scaled(g, exponent), [torch.zeros(s) for s in SHAPES]
-    for d in (rule(g, zero), rule(zero, g)): assert all(torch.equal(x, y) for x, y in zip(d, g, strict=True))
-    assert not flat(rule(zero, zero)).any() and cosine(g, zero) == 0 == cosine(zero, zero)
+    for rule in EVERY:
+        for d in (rule(g, zero), rule(zero, g)): assert all(torch.equal(x, y) for x, y in zip(d, g, strict=True))
+        assert not flat(rule(zero, zero)).any()
+    assert cosine(g, zero) == 0 == cosine(zero, zero)
 
 
-@every_rule
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-@given(f=gradients, r=gradients, big=st.sampled_from([1e-3, 1., 1e4]))
-def test_half_precision_is_as_good_as_its_rounding(rule, dtype, f, r, big):
+@given(gradients, gradients, st.sampled_from([1e-3, 1., 1e4]), st.sampled_from([torch.float16, torch.bfloat16]))
+@settings(max_examples=30)
+def test_half_precision_is_as_good_as_its_rounding(f, r, big, dtype):
     f, r = ([(x * big).to(dtype) for x in g] for g in (f, r))
-    d, wide = rule(f, r), rule([x.float() for x in f], [x.float() for x in r])
-    assert all(x.dtype == dtype and x.isfinite().all() for x in d)
     tolerance = ROUNDING[dtype] * (size(f) + size(r)) + 1e-7   # 1e-7: the smallest steps of float16
-    assert (flat(d) - flat(wide)).norm() <= tolerance
+    for rule in EVERY:
+        d, wide = rule(f, r), rule([x.float() for x in f], [x.float() for x in r])
+        assert all(x.dtype == dtype and x.isfinite().all() for x in d)
+        assert (flat(d) - flat(wide)).norm() <= tolerance, rule
 
 
 @given(f=gradients, r=gradients, exponent=exponents)
-@pytest.mark.parametrize('rule', [symmetric, per_tensor, vaccine, cagrad, fresh_subspace], ids=lambda r: r.__name__)
-def test_only_lengths_scale(rule, f, r, exponent):
+@settings(max_examples=30)
+def test_only_lengths_scale(f, r, exponent):
     "Both gradients times one number: the direction times that number. Tiny and huge gradients get the same surgery."
     assume(size(f) > .01 and size(r) > .01 and abs(cosine(f, r)) < .99)
-    d, big = flat(rule(f, r)), flat(rule(scaled(f, exponent), scaled(r, exponent))) / 10.**exponent
-    torch.testing.assert_close(big, d, rtol=0, atol=1e-5 * (size(f) + size(r)))
+    for rule in EVERY[2:]:
+        d, big = flat(rule(f, r)), flat(rule(scaled(f, exponent), scaled(r, exponent))) / 10.**exponent
+        assert_close(big, d, rtol=0, atol=1e-5 * (size(f) + size(r)))
 
 
-@pytest.mark.parametrize('bad', [float('nan'), float('inf')])
-@pytest.mark.parametrize('rule', [one_sided, symmetric, per_tensor, vaccine, cagrad, fresh_subspace], ids=lambda r: r.__name__)
-def test_a_non_finite_gradient_stays_visible(rule, bad):
-    good, broken = [torch.ones(3), torch.ones(2)], [-torch.ones(3), torch.tensor([-1., bad])]
-    for d in (rule(good, broken), rule(broken, good)): assert not flat(d).isfinite().all()
-    assert cosine(good, broken).isnan()
+def test_a_non_finite_gradient_stays_visible():
+    for bad in (float('nan'), float('inf')):
+        good, broken = [torch.ones(3), torch.ones(2)], [-torch.ones(3), torch.tensor([-1., bad])]
+        for rule in EVERY[1:]:
+            for d in (rule(good, broken), rule(broken, good)): assert not flat(d).isfinite().all(), rule
+        assert cosine(good, broken).isnan()
 
 
 def test_inner_products_run_over_all_tensors_together():
@@ -146,61 +147,50 @@ def test_inner_products_run_over_all_tensors_together():
     assert [x.item() for x in symmetric(f, r)] == [0., 4.]
 
 
-@pytest.mark.parametrize('dtype', ROUNDING, ids=str)
-def test_many_weights_are_summed_in_float32(dtype):
+def test_many_weights_are_summed_in_float32():
     g = torch.Generator().manual_seed(0)
-    f = [torch.randn(400, 1000, generator=g) for _ in range(3)]
-    r = [(torch.randn(400, 1000, generator=g) - .5 * x).to(dtype) for x in f]
-    f = [x.to(dtype) for x in f]
-    assert cosine(f, r).item() == pytest.approx(dot(f, r) / (size(f) * size(r)), abs=1e-5)
-    d = symmetric(f, r)
-    assert dot(d, f) / dot(f, f) > -ROUNDING[dtype] and dot(d, r) / dot(r, r) > -ROUNDING[dtype]
+    exact = [torch.randn(400, 1000, generator=g) for _ in range(3)]
+    for dtype, rounding in ROUNDING.items():
+        r = [(torch.randn(400, 1000, generator=g) - .5 * x).to(dtype) for x in exact]
+        f = [x.to(dtype) for x in exact]
+        assert cosine(f, r).item() == pytest.approx(dot(f, r) / (size(f) * size(r)), abs=1e-5)
+        d = symmetric(f, r)
+        assert dot(d, f) / dot(f, f) > -rounding and dot(d, r) / dot(r, r) > -rounding
 
 
-@every_rule
-def test_inputs_are_left_alone(rule):
-    f, r = [torch.tensor([1., 0.])], [torch.tensor([-1., 1.])]
-    d, = rule(f, r)
-    assert f[0].tolist() == [1., 0.] and r[0].tolist() == [-1., 1.] and d is not f[0] and d is not r[0]
-
-
-@every_rule
-def test_any_memory_layout(rule):
+def test_inputs_are_left_alone_and_any_memory_layout_will_do():
     g = torch.Generator().manual_seed(0)
-    f, r = (torch.randn(2, 3, 4, 5, generator=g) for _ in range(2))
-    r = r - f
-    d, = rule([f.contiguous(memory_format=torch.channels_last)], [r])
-    torch.testing.assert_close(d, rule([f], [r])[0])
+    x, y = (torch.randn(2, 3, 4, 5, generator=g) for _ in range(2))
+    y = y - x
+    for rule in EVERY:
+        f, r = [torch.tensor([1., 0.])], [torch.tensor([-1., 1.])]
+        d, = rule(f, r)
+        assert f[0].tolist() == [1., 0.] and r[0].tolist() == [-1., 1.] and d is not f[0] and d is not r[0]
+        d, = rule([x.contiguous(memory_format=torch.channels_last)], [y])
+        assert_close(d, rule([x], [y])[0])
 
 
-@every_rule
-def test_lists_of_other_lengths_are_refused(rule):
-    with pytest.raises(ValueError): rule([torch.ones(2)], [torch.ones(2), torch.ones(2)])
-
-
-@every_rule
-def test_results_of_autograd_are_welcome(rule):
-    "A tuple as autograd.grad gives it, with one tensor for two weights and an expanded one, which could not be written to."
+def test_results_of_autograd_are_welcome():
+    "A tuple, with one tensor for two weights and an expanded one, which could not be written to."
     a, b, c = (torch.ones(3, requires_grad=True) for _ in range(3))
     g_f = torch.autograd.grad((a + b).sum() + (c * torch.tensor([1., -2., 3.])).sum(), (a, b, c))
     g_r = torch.autograd.grad(-(a + b).sum() - (c * torch.tensor([3., -2., 0.])).sum(), (a, b, c))
-    d = rule(g_f, g_r)
-    expected = rule([x.clone() for x in g_f], [x.clone() for x in g_r])
-    assert isinstance(d, list) and all(torch.equal(x, y) for x, y in zip(d, expected, strict=True))
+    for rule in EVERY:
+        d, expected = rule(g_f, g_r), rule([x.clone() for x in g_f], [x.clone() for x in g_r])
+        assert isinstance(d, list) and all(torch.equal(x, y) for x, y in zip(d, expected, strict=True)), rule
 
 
-@every_rule
-def test_mixed_and_double_precision(rule):
+def test_mixed_and_double_precision():
     g = torch.Generator().manual_seed(1)
     f, r = ([torch.randn(s, generator=g) for s in SHAPES] for _ in range(2))
     r = [y - 2 * x for x, y in zip(f, r)]
-    d = rule(f, r)
     dtypes = torch.bfloat16, torch.float32, torch.float64
-    mixed = rule([x.to(t) for x, t in zip(f, dtypes)], [x.to(t) for x, t in zip(r, dtypes)])
-    assert [x.dtype for x in mixed] == list(dtypes)
-    assert (flat(mixed) - flat(d)).norm() <= 2e-2 * (size(f) + size(r))
-    exact = rule([x.double() for x in f], [x.double() for x in r])
-    torch.testing.assert_close(flat(exact), flat(d), rtol=1e-5, atol=1e-5)
+    for rule in EVERY:
+        d, mixed = rule(f, r), rule(*([x.to(t) for x, t in zip(v, dtypes)] for v in (f, r)))
+        assert [x.dtype for x in mixed] == list(dtypes)
+        assert (flat(mixed) - flat(d)).norm() <= 2e-2 * (size(f) + size(r))
+        exact = rule([x.double() for x in f], [x.double() for x in r])
+        assert_close(flat(exact), flat(d), rtol=1e-5, atol=1e-5)
     assert products([x.double() for x in f], [x.double() for x in r])[1] == pytest.approx(dot(f, r), rel=1e-14)
 
 
@@ -208,32 +198,24 @@ def test_mixed_and_double_precision(rule):
 def test_gram_is_the_inner_products_of_each_tensor(f, r, i, j):
     f, r = scaled(f, i), scaled(r, j)
     for row, x, y in zip(gram(f, r), f, r, strict=True):
-        lengths = size([x]), size([y])
-        for ours, theirs, unit in zip(row, (dot([x], [x]), dot([x], [y]), dot([y], [y])), (lengths[0]**2, lengths[0] * lengths[1], lengths[1]**2)):
-            assert abs(ours - theirs) <= 1e-6 * unit
+        a, b = size([x]), size([y])
+        theirs = dot([x], [x]), dot([x], [y]), dot([y], [y])
+        for ours, exact, unit in zip(row, theirs, (a * a, a * b, b * b)): assert abs(ours - exact) <= 1e-6 * unit
     ff, fr, rr = products(f, r)
-    assert abs(fr - dot(f, r)) <= 1e-6 * size(f) * size(r) and ff == pytest.approx(size(f)**2, rel=1e-6) and rr == pytest.approx(size(r)**2, rel=1e-6)
-
-
-def test_fused_norms_are_the_same_squares():
-    "On CUDA the squares come from one fused launch; the same call on the CPU."
-    class Cuda(list):
-        def __getitem__(self, i): return type('First', (), {'is_cuda': True, 'dtype': list.__getitem__(self, i).dtype})()
-    for dtype in ROUNDING:
-        g = [torch.randn(s, generator=torch.Generator().manual_seed(2)).to(dtype) for s in SHAPES]
-        torch.testing.assert_close(surgery.squares(Cuda(g)), surgery.squares(g))
+    assert abs(fr - dot(f, r)) <= 1e-6 * size(f) * size(r)
+    assert (ff, rr) == pytest.approx((size(f)**2, size(r)**2), rel=1e-6)
 
 
 @given(gradients, gradients, st.floats(-2, 2), st.floats(-2, 2))
 def test_combine_is_the_sum_it_says(f, r, c_f, c_r):
-    torch.testing.assert_close(flat(combine(c_f, f, c_r, r)), c_f * flat(f) + c_r * flat(r), rtol=0, atol=1e-6)
+    assert_close(flat(combine(c_f, f, c_r, r)), c_f * flat(f) + c_r * flat(r), rtol=0, atol=1e-6)
 
 
 # --- the rules with a parameter ---
 
 @given(gradients, gradients, st.floats(-.9, .9))
 def test_vaccine_turns_each_to_the_target(f, r, rho):
-    "From d alone: with |g_f| >> |g_r| d is g_f' to first order, so its cosine with g_r is rho, or what it was if that is above."
+    "With |g_f| >> |g_r| d is g_f' to first order: its cosine with g_r is rho, or what it was if that is above."
     assume(size(f) > .1 and size(r) > .1 and abs(cosine(f, r)) < .99)
     f = scaled(f, 12)
     was, turned = cosine(f, r).item(), cosine(vaccine(f, r, rho), r).item()
@@ -245,13 +227,13 @@ def test_vaccine_turns_each_to_the_target(f, r, rho):
 def test_vaccine_zero_is_symmetric_and_cagrad_zero_is_plain(f, r):
     assume(size(f) > .01 and size(r) > .01)
     tolerance = dict(rtol=0, atol=1e-5 * (size(f) + size(r)))
-    torch.testing.assert_close(flat(vaccine(f, r, 0.)), flat(symmetric(f, r)), **tolerance)
-    torch.testing.assert_close(flat(cagrad(f, r, 0.)), flat(plain(f, r)), **tolerance)
+    assert_close(flat(vaccine(f, r, 0.)), flat(symmetric(f, r)), **tolerance)
+    assert_close(flat(cagrad(f, r, 0.)), flat(plain(f, r)), **tolerance)
 
 
 @given(st.lists(st.tuples(gradients, gradients), min_size=1, max_size=7), st.integers(1, 4))
 def test_subspace_harms_none_of_the_last_m(run, m):
-    "What is added to the present g_r works against none of the m last retain gradients, and is g_f itself unless g_f did."
+    "What is added to g_r works against none of the m last retain gradients, and is g_f itself unless g_f did."
     rule, past = subspace(m), []
     for f, r in run:
         assume(size(f) > .1 and size(r) > .1)
@@ -260,7 +242,8 @@ def test_subspace_harms_none_of_the_last_m(run, m):
         part = [x - y for x, y in zip(d, r)]
         for old in past: assert dot(part, old) >= -2e-3 * size(f) * size(old)
         assert dot(d, r) >= -1e-5 * size(r) * (size(f) + size(r))
-        if min(dot(f, old) / (size(f) * size(old)) for old in past) > 1e-5: assert torch.equal(flat(d), flat(plain(f, r)))
+        least = min(dot(f, old) / (size(f) * size(old)) for old in past)
+        if least > 1e-5: assert torch.equal(flat(d), flat(plain(f, r)))
 
 
 @given(gradients, st.lists(gradients, min_size=1, max_size=3))
@@ -273,12 +256,12 @@ def test_subspace_takes_away_the_projection_on_the_span(f, past):
     for r in past[:-1]: rule(zero, r)
     q = torch.linalg.qr(R).Q
     expected = flat(f) - q @ (q.T @ flat(f)) + flat(past[-1])
-    torch.testing.assert_close(flat(rule(f, past[-1])), expected, rtol=0, atol=1e-4)
+    assert_close(flat(rule(f, past[-1])), expected, rtol=0, atol=1e-4)
 
 
 @given(gradients, gradients)
 def test_subspace_of_one_is_one_sided(f, r):
-    torch.testing.assert_close(flat(subspace_of_one(f, r)), flat(one_sided(f, r)), rtol=0, atol=1e-5 * (1 + size(f) + size(r)))
+    assert_close(flat(subspace_of_one(f, r)), flat(one_sided(f, r)), rtol=0, atol=1e-5 * (1 + size(f) + size(r)))
 
 
 def test_subspace_forgets_what_is_older_than_m_and_ignores_zero():
@@ -291,11 +274,6 @@ def test_subspace_forgets_what_is_older_than_m_and_ignores_zero():
     assert rule(y, zero)[0].tolist() == [0., 1.]
 
 
-@pytest.mark.parametrize('call, word', [(lambda f: vaccine(f, f, rho=1.), 'rho'), (lambda f: vaccine(f, f, rho=-1.), 'rho'), (lambda f: cagrad(f, f, c=-.1), 'c is'), (lambda f: subspace(0), 'm is')])
-def test_parameters_out_of_range(call, word):
-    with pytest.raises(ValueError, match=word): call([torch.ones(2)])
-
-
 # --- judged by others ---
 
 @given(gradients, gradients, st.integers(-3, 3))
@@ -303,7 +281,7 @@ def test_symmetric_is_pcgrad_of_torchjd(f, r, exponent):
     assume(size(f) > .01 and size(r) > .01)
     r = scaled(r, exponent)
     theirs = PCGrad()(torch.stack([flat(f), flat(r)]))
-    torch.testing.assert_close(flat(symmetric(f, r)), theirs, rtol=0, atol=1e-5 * (size(f) + size(r)))
+    assert_close(flat(symmetric(f, r)), theirs, rtol=0, atol=1e-5 * (size(f) + size(r)))
 
 
 @given(gradients, gradients, st.integers(-3, 3))
@@ -312,7 +290,7 @@ def test_per_tensor_is_pcgrad_of_torchjd_on_each_tensor(f, r, exponent):
     for d, x, y in zip(per_tensor(f, r), f, r, strict=True):
         if min(size([x]), size([y])) < .01 * min(1., 10.**exponent): continue
         theirs = PCGrad()(torch.stack([flat([x]), flat([y])]))
-        torch.testing.assert_close(flat([d]), theirs, rtol=0, atol=1e-5 * (size([x]) + size([y])))
+        assert_close(flat([d]), theirs, rtol=0, atol=1e-5 * (size([x]) + size([y])))
 
 
 @given(gradients, gradients, st.integers(-3, 3), st.floats(0, .9))
@@ -323,12 +301,13 @@ def test_vaccine_is_gradvac_of_torchjd_with_that_target(f, r, exponent, rho):
     theirs = GradVac(beta=1., eps=0.)
     theirs(torch.tensor([[1., 0.], [rho, math.sqrt(1 - rho**2)]], dtype=torch.float64))
     theirs.beta = 0.
-    torch.testing.assert_close(flat(vaccine(f, r, rho)), theirs(torch.stack([flat(f), flat(r)])), rtol=0, atol=3e-5 * (size(f) + size(r)) / math.sqrt(1 - rho**2))
+    tolerance = 3e-5 * (size(f) + size(r)) / math.sqrt(1 - rho**2)
+    assert_close(flat(vaccine(f, r, rho)), theirs(torch.stack([flat(f), flat(r)])), rtol=0, atol=tolerance)
 
 
 @given(gradients, gradients, st.integers(-2, 2), st.floats(.05, .95))
 def test_cagrad_solves_its_problem(f, r, exponent, c):
-    "No direction of the ball |d - g_0| <= c |g_0| is better for the worse-off; candidates: the dual's, for 2001 mixtures, and random ones."
+    "No direction of |d - g_0| <= c |g_0| is better for the worse-off: 2001 candidates of the dual, and random ones."
     assume(size(f) > .1 and size(r) > .1 and abs(cosine(f, r)) < .99)
     F, R = flat(f), flat(r) * 10.**exponent
     d, g_0 = flat(cagrad(f, scaled(r, exponent), c)) / 2, (F + R) / 2
@@ -344,7 +323,7 @@ def test_cagrad_solves_its_problem(f, r, exponent, c):
 
 @given(gradients, gradients)
 def test_one_sided_is_the_closest_harmless_forget_gradient(f, r):
-    "A-GEM's problem: of all v with <v, g_r> >= 0, g_f' is the one closest to g_f. Its solution by the conditions of optimality."
+    "A-GEM's problem: of all v with <v, g_r> >= 0, g_f' is closest to g_f. By the conditions of optimality."
     assume(size(f) > .01 and size(r) > .01)
     projected = flat(one_sided(f, r)) - flat(r)
     moved = projected - flat(f)
@@ -367,7 +346,10 @@ def test_cosine_is_the_cosine(f, r, i, j):
 # --- choosing ---
 
 def test_get_by_name_or_callable():
-    for name in ('plain', 'one_sided', 'symmetric', 'per_tensor', 'vaccine', 'cagrad'): assert get(name) is getattr(surgery, name)
+    for name in ('plain', 'one_sided', 'symmetric', 'per_tensor', 'vaccine', 'cagrad'):
+        assert get(name) is getattr(surgery, name) and get(name).__name__ == name
+    for paper, rule in (('pcgrad', symmetric), ('agem', one_sided), ('gradvac', vaccine)):
+        assert get(paper) is rule is RULES[paper]
     own = lambda g_forget, g_retain: g_forget
     assert get(own) is own
 
@@ -385,12 +367,14 @@ def test_names_for_the_card():
     rule = partial(vaccine, rho=.5)
     assert get(rule) is rule and rule.__name__ == 'vaccine(rho=0.5)' == deepcopy(rule).__name__
     assert subspace(m=3).__name__ == 'subspace(m=3)'
-    assert all(get(name).__name__.startswith(name) for name in RULES)
 
 
-@pytest.mark.parametrize('wrong', ['pcgrad', '', None, 1, ['plain'], {}])
-def test_get_names_the_value_and_the_choices(wrong):
-    with pytest.raises(ValueError) as error: get(wrong)
-    message = str(error.value)
-    assert repr(wrong) in message and '\n' not in message
-    assert all(name in message for name in RULES)
+def test_what_cannot_be_is_refused_in_one_sentence():
+    g = [torch.ones(2)]
+    table = [(partial(vaccine, g, g, rho=1.), ['rho is 1.0']), (partial(vaccine, g, g, rho=-1.), ['rho is -1.0']),
+             (partial(cagrad, g, g, c=-.1), ['c is -0.1']), (partial(subspace, 0), ['m is 0'])]
+    table += [(partial(get, wrong), [repr(wrong), *RULES]) for wrong in ('pc-grad', '', None, 1, ['plain'], {})]
+    table += [(partial(rule, g, g * 2), []) for rule in EVERY]   # lists of other lengths
+    for act, words in table:
+        with pytest.raises(ValueError) as error: act()
+        assert '\n' not in str(error.value) and all(word in str(error.value) for word in words), act

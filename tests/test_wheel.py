@@ -20,7 +20,8 @@ def bare(wheel, tmp_path_factory):
     "An environment with nothing in it but the wheel."
     venv = tmp_path_factory.mktemp('bare')/'venv'
     subprocess.run([sys.executable, '-m', 'venv', '--without-pip', venv], check=True)
-    run = subprocess.run([sys.executable, '-m', 'pip', '--python', venv/'bin/python', 'install', '--no-index', '--no-deps', wheel], capture_output=True, text=True, timeout=300)
+    pip = [sys.executable, '-m', 'pip', '--python', venv/'bin/python', 'install', '--no-index', '--no-deps', wheel]
+    run = subprocess.run(pip, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stdout + run.stderr
     return venv
 
@@ -41,7 +42,8 @@ def papers(site):
 def test_every_file_of_the_package_is_there_byte_for_byte(site):
     expected = {p: (ROOT/p).read_bytes() for p in source_files() if p.parts[0] == 'unlearn_nb'}
     assert {p.suffix for p in expected} == {'.py', '.json', '.safetensors'}
-    found = {p.relative_to(site): p.read_bytes() for p in (site/'unlearn_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts}
+    files = [p for p in (site/'unlearn_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
+    found = {p.relative_to(site): p.read_bytes() for p in files}
     assert sorted(found) == sorted(expected)
     assert not [str(p) for p in found if found[p] != expected[p]]
 
@@ -51,7 +53,8 @@ def test_nothing_else_is_installed(site):
 
 
 def test_it_imports_and_has_its_command_without_any_requirement(bare, site):
-    run = subprocess.run([bare/'bin/python', '-I', '-c', 'import unlearn_nb; print(unlearn_nb.__version__, unlearn_nb.__file__)'], capture_output=True, text=True)
+    code = 'import unlearn_nb; print(unlearn_nb.__version__, unlearn_nb.__file__)'
+    run = subprocess.run([bare/'bin/python', '-I', '-c', code], capture_output=True, text=True)
     assert run.stdout.split() == [SETTINGS['version'], str(site/'unlearn_nb/__init__.py')], run.stderr
     assert (bare/'bin/unlearn_nb').is_file()
 
@@ -63,20 +66,27 @@ def test_licence(site, papers):
 
 def test_metadata_says_what_settings_say(papers):
     metadata = papers.metadata
-    assert (metadata['Name'], metadata['Version'], metadata['Summary']) == (SETTINGS['lib_name'], SETTINGS['version'], SETTINGS['description'])
+    told = [metadata[k] for k in ('Name', 'Version', 'Summary')]
+    assert told == [SETTINGS[k] for k in ('lib_name', 'version', 'description')]
+    urls = dict(line.split(', ') for line in metadata.get_all('Project-URL'))
+    assert urls['Source'] == SETTINGS['git_url'] and urls['Documentation'].startswith(SETTINGS['doc_host'])
     assert metadata['Requires-Python'] == f">={SETTINGS['min_python']}"
     def plain(rs): return sorted((r.name, str(r.specifier)) for r in rs)
     requires = [Requirement(r) for r in papers.requires]
     assert plain(r for r in requires if not r.marker) == plain(map(Requirement, SETTINGS['requirements'].split()))
-    assert plain(r for r in requires if r.marker and r.marker.evaluate({'extra': 'dev'})) == plain(map(Requirement, SETTINGS['dev_requirements'].split()))
-    assert {(e.group, e.name, e.value) for e in papers.entry_points} == {('console_scripts', 'unlearn_nb', 'unlearn_nb.cli:main'), ('nbdev', 'unlearn_nb', 'unlearn_nb._modidx:d')}
+    dev = [r for r in requires if r.marker and r.marker.evaluate({'extra': 'dev'})]
+    assert plain(dev) == plain(map(Requirement, SETTINGS['dev_requirements'].split()))
+    assert {(e.group, e.name, e.value) for e in papers.entry_points} == {
+        ('console_scripts', 'unlearn_nb', 'unlearn_nb.cli:main'), ('nbdev', 'unlearn_nb', 'unlearn_nb._modidx:d')}
 
 
 def test_readme_is_the_description_and_its_links_lead_out(papers):
     "A page on an index has no files beside it: every link is whole."
     metadata = papers.metadata
     text = metadata.get_payload() or metadata['Description']
-    assert metadata['Description-Content-Type'] == 'text/markdown' and text.count('\n## ') == (ROOT/'README.md').read_text(encoding='utf-8').count('\n## ')
+    said = (ROOT/'README.md').read_text(encoding='utf-8')
+    assert metadata['Description-Content-Type'] == 'text/markdown' and text.count('\n## ') == said.count('\n## ')
     links = re.findall(r'\]\(([^)\s]+)', text)
     assert len(links) > 50 and not [l for l in links if not re.match('https://|#', l)]
-    assert f"](https://raw.githubusercontent.com/{SETTINGS['user']}/{SETTINGS['repo']}/{SETTINGS['branch']}/nbs/images/before_after.png)" in text
+    repo = f"{SETTINGS['user']}/{SETTINGS['repo']}"
+    assert f"](https://raw.githubusercontent.com/{repo}/{SETTINGS['branch']}/nbs/images/hero.png)" in text

@@ -20,18 +20,8 @@ def patch(f):
 
 # %% ../nbs/02_denoiser.ipynb #e8e4e0b7
 PREDICTIONS = ("epsilon", "v_prediction", "sample")   # with DDPM levels; a flow has levels of its own
-UNFIT = ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
-         "invert_sigmas", "stochastic_sampling")
-
-def flow_schedule(scheduler, device):
-    "The `Flow` of a scheduler. ValueError if it asks for more than a shift."
-    name, c = type(scheduler).__name__, scheduler.config
-    if name != "FlowMatchEulerDiscreteScheduler":
-        raise ValueError(f"this net wants a FlowMatchEulerDiscreteScheduler, but the scheduler is a {name}")
-    if bad := [k for k in UNFIT if c.get(k)]:
-        raise ValueError(f"the config of this scheduler says {bad[0]} = {c[bad[0]]!r}, which is not supported; "
-                         "take it out, or give another scheduler")
-    return Flow(c.num_train_timesteps, scheduler.shift, scheduler.sigma_min, device)
+UNFIT = ("use_dynamic_shifting", "shift_terminal", "use_karras_sigmas", "use_exponential_sigmas",
+         "use_beta_sigmas", "invert_sigmas", "stochastic_sampling")
 
 def ddpm_schedule(scheduler, device):
     "The `DDPM` of a scheduler. ValueError if it has no such levels, or an unknown prediction type."
@@ -40,46 +30,60 @@ def ddpm_schedule(scheduler, device):
         raise ValueError(f"{name} has no alphas_cumprod; give a scheduler with DDPM noise levels, "
                          "such as DDPMScheduler or DDIMScheduler")
     if prediction not in PREDICTIONS:
-        raise ValueError(f"prediction type {prediction!r} is not supported; expected one of {', '.join(PREDICTIONS)}")
+        raise ValueError(f"prediction type {prediction!r} is not supported; "
+                         f"expected one of {', '.join(PREDICTIONS)}")
     if scheduler.config.get("thresholding"):
         raise ValueError("this scheduler thresholds its pictures, which is not supported; "
                          "set thresholding=False in its config")
     return DDPM(scheduler.alphas_cumprod.to(device), prediction)
 
+def flow_schedule(scheduler, device):
+    "The `Flow` of a scheduler. ValueError if it asks for more than a shift."
+    name, c = type(scheduler).__name__, scheduler.config
+    if name != "FlowMatchEulerDiscreteScheduler":
+        raise ValueError("this net wants a FlowMatchEulerDiscreteScheduler, "
+                         f"but the scheduler is a {name}")
+    if bad := [k for k in UNFIT if c.get(k)]:
+        raise ValueError(f"the config of this scheduler says {bad[0]} = {c[bad[0]]!r}, "
+                         "which is not supported; take it out, or give another scheduler")
+    return Flow(c.num_train_timesteps, scheduler.shift, scheduler.sigma_min, device)
+
+# %% ../nbs/02_denoiser.ipynb #77cafdb8
+def kind_of(net, nets):
+    "The name of the class of diffusers that a net is of, one of nets. ValueError for any other."
+    for kind in type(net).__mro__:
+        if kind.__name__ in nets: return kind.__name__
+    raise ValueError(f"the net is a {type(net).__name__}; expected one of {', '.join(nets)}")
+
 # %% ../nbs/02_denoiser.ipynb #94b471cf
 class Denoiser:
     """A diffusers net and its scheduler, seen as one thing; it owns no training state.
 
-    x0 is a clean image [B, C, H, W] in [-1, 1], x_t its noised version at timesteps t [B]; `schedule` says how.
-    name and revision say which base model it is. ValueError for parts that do not fit this view, or each other.
-    Models with words are a `TextDenoiser` (module `words`)."""
+    x0 is a clean image [B, C, H, W] in [-1, 1], x_t its noised version at timesteps t [B].
+    name and revision say which base model it is. ValueError for parts that do not fit this view,
+    or each other. Models with words are a `TextDenoiser` (module `words`)."""
 
-    nets = ("UNet2DModel",)            # classes of diffusers that fit
+    nets = ("UNet2DModel",)                 # classes of diffusers that fit
     guidance, vae, prompts = 1., None, {}   # what only models with words have
 
     def __init__(self, net, scheduler, *, name="custom", revision=None):
         self.net, self.scheduler, self.name, self.revision = net, scheduler, name, revision
         self.hotfixes = []   # those that are on, in their order
         self.base = {}       # base weights of what they changed
-        self.kind, n, c = self.kind_of(net), net.config, scheduler.config
+        self.kind, n, c = kind_of(net, self.nets), net.config, scheduler.config
         if n.out_channels != n.in_channels:
-            raise ValueError(f"the net has {n.out_channels} output channels for {n.in_channels} input channels; "
-                             "models that also learn a variance, or see a picture beside x_t, are not supported")
+            raise ValueError(f"the net has {n.out_channels} output channels for {n.in_channels} input "
+                             "channels; models that also learn a variance, or see a picture beside x_t, "
+                             "are not supported")
         if n.sample_size is None:
-            raise ValueError("the config of the net says no sample_size; set it to the side of its images in pixels")
+            raise ValueError("the config of the net says no sample_size; "
+                             "set it to the side of its images in pixels")
         make = flow_schedule if self.kind == "SD3Transformer2DModel" else ddpm_schedule
         self.schedule = make(scheduler, self.device)
         self.clip = c.get("clip_sample_range", 1.) if c.get("clip_sample") else None
         side = n.sample_size if isinstance(n.sample_size, (tuple, list)) else (n.sample_size,) * 2
         self.shape = (n.in_channels, *side)   # of one x0: C, H, W
         self.size = self.shape[:0:-1]         # of a picture in pixels: W, H
-
-    @classmethod
-    def kind_of(cls, net):
-        "The name of the class of diffusers that a net is of. ValueError for one that does not fit."
-        for kind in type(net).__mro__:
-            if kind.__name__ in cls.nets: return kind.__name__
-        raise ValueError(f"the net is a {type(net).__name__}; expected one of {', '.join(cls.nets)}")
 
     device = property(lambda self: self.net.device)
     dtype = property(lambda self: self.net.dtype)
@@ -91,14 +95,17 @@ class Denoiser:
         "The memory format that is fastest: channels last for convolutions, contiguous for tokens."
         return torch.channels_last if self.kind.startswith("UNet") else torch.contiguous_format
 
-    def facts(self):
-        "What it makes, in a few words, for `repr`."
-        return [f"{self.name!r}: {' x '.join(map(str, self.shape))}"]
+# %% ../nbs/02_denoiser.ipynb #dc7f891b
+@patch
+def facts(self: Denoiser):
+    "What it makes, in a few words, for `repr`."
+    return [f"{self.name!r}: {' x '.join(map(str, self.shape))}"]
 
-    def __repr__(self):
-        millions = sum(p.numel() for p in self.net.parameters()) / 1e6
-        rest = [self.prediction, f"T = {self.T}", f"{millions:.2f} M parameters", str(self.dtype), str(self.device)]
-        return f"Denoiser({', '.join(self.facts() + rest)})"
+@patch
+def __repr__(self: Denoiser):
+    millions = sum(p.numel() for p in self.net.parameters()) / 1e6
+    rest = [self.prediction, f"T = {self.T}", f"{millions:.2f} M parameters", self.dtype, self.device]
+    return f"Denoiser({', '.join(map(str, self.facts() + rest))})"
 
 # %% ../nbs/02_denoiser.ipynb #7a7fbcf5
 @patch
@@ -117,8 +124,14 @@ def noise(self: Denoiser, x0, eps, t):
     return self.schedule.noise(x0, eps, t)
 
 @patch
+def gain(self: Denoiser, t):
+    "Error of the clean image per error of the output at timesteps t [B], as [B, 1, 1, 1]."
+    return self.schedule.gain(t)
+
+# %% ../nbs/02_denoiser.ipynb #0127dc8c
+@patch
 def target(self: Denoiser, x_t, x0, t):
-    "What the net must output at x_t [B, C, H, W], timesteps t [B], if its clean image were x0 [B, C, H, W]."
+    "What the net must output at x_t, timesteps t [B], if its clean image were x0, all [B, C, H, W]."
     return self.schedule.target(x_t, x0, t)
 
 @patch
@@ -127,25 +140,21 @@ def clean(self: Denoiser, x_t, out, t):
     return self.schedule.clean(x_t, out, t)
 
 @patch
-def gain(self: Denoiser, t):
-    "Error of the clean image per error of the output at timesteps t [B], as [B, 1, 1, 1]."
-    return self.schedule.gain(t)
-
-@patch
 def level(self: Denoiser, t, n):
     "The one timestep t for n images, as [n]."
     return self.schedule.level(t, n)
 
 @patch
 def timesteps(self: Denoiser, start, steps):
-    "Timesteps visited from `start` (inclusive) down, in at most `steps` steps; the last step leads to the clean image."
+    "Timesteps from `start` down, in at most `steps` steps; the last step leads to the clean image."
     return self.schedule.timesteps(start, steps)
 
 # %% ../nbs/02_denoiser.ipynb #f7d0ba62
 @patch
 def condition(self: Denoiser, cond):
     "What the net is told beside x_t and t: nothing. ValueError for a condition."
-    if cond is not None: raise ValueError("cond was given, but this model makes pictures without words; leave it out")
+    if cond is not None:
+        raise ValueError("cond was given, but this model makes pictures without words; leave it out")
     return {}
 
 @patch
@@ -159,7 +168,7 @@ def __call__(self: Denoiser, x_t, t, cond=None):
 # %% ../nbs/02_denoiser.ipynb #518b3f19
 @patch
 def cfg_outputs(self: Denoiser, x_t, t, cond=None):
-    """The net's outputs [B, C, H, W] at x_t, all at the one timestep t, as a tuple: one, or two if it is guided.
+    """The net's outputs [B, C, H, W] at x_t, all at the one timestep t, as a tuple: one, or two if guided.
 
     The second is the answer to no words, of a `TextDenoiser` with guidance."""
     return (self(x_t, self.level(t, len(x_t)), cond),)
@@ -178,17 +187,16 @@ def predict(self: Denoiser, x_t, t, cond=None):
 # %% ../nbs/02_denoiser.ipynb #e44a60c7
 @patch
 def step(self: Denoiser, x_t, x0, t, t_next, eta=0., noise=None):
-    """From x_t [B, C, H, W] at timestep t to t_next < t (-1: the clean image), if the clean image is x0.
+    """From x_t [B, C, H, W] at timestep t to t_next < t (-1: clean), if the clean image is x0.
 
     x0 is clipped where the scheduler's config says so; else `Schedule.step`."""
     if self.clip: x0 = x0.clamp(-self.clip, self.clip)
     return self.schedule.step(x_t, x0, t, t_next, eta, noise)
 
-# %% ../nbs/02_denoiser.ipynb #0808ed01
 @patch
 @torch.no_grad()
 def path(self: Denoiser, x_t, start, steps, gens, eta=0., cond=None):
-    """The sampling path from x_t [B, C, H, W] at timestep start: yields (t, x_t) before each step, at last (-1, x0).
+    """The path from x_t [B, C, H, W] at timestep start: (t, x_t) before each step, at last (-1, x0).
 
     gens: generators, one for each image, of the noise that eta > 0 draws."""
     timesteps = self.timesteps(start, steps).tolist()
@@ -202,9 +210,11 @@ def path(self: Denoiser, x_t, start, steps, gens, eta=0., cond=None):
 @patch
 def prompt_ids(self: Denoiser, prompt, n):
     "None: this model makes pictures without words. ValueError if it is given any."
-    given = prompt if prompt is None or isinstance(prompt, str) else next((p for p in prompt if p is not None), None)
+    prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
+    given = next((p for p in prompts if p is not None), None)
     if given is None: return None
-    raise ValueError(f"prompt {given!r} was given, but this model makes pictures without words; leave the prompt out")
+    raise ValueError(f"prompt {given!r} was given, but this model makes pictures without words; "
+                     "leave the prompt out")
 
 def max_batch(denoiser, batch):
     """`batch`, or fewer if the pictures are large: 16 of 256 x 256 pixels.
@@ -216,9 +226,9 @@ def max_batch(denoiser, batch):
 @patch
 @torch.no_grad()
 def sample(self: Denoiser, seeds, steps=50, eta=0., batch=64, prompt=None):
-    """Clean images [B, C, H, W], image i from seeds[i] and its prompt alone, `batch` of them at a time.
+    """Clean images [B, C, H, W], image i from seeds[i] and its prompt alone, `batch` at a time.
 
-    eta 0: DDIM (Song et al. 2021), of a flow Euler's steps; eta 1 with all T steps: ancestral DDPM (Ho et al. 2020).
+    eta 0: DDIM (Song et al. 2021), of a flow Euler's steps; eta 1 and T steps: DDPM (Ho et al. 2020).
     prompt: of a model with words, one for all or a list, one for each seed."""
     out, gens = [], generators(seeds)
     cond, batch = self.prompt_ids(prompt, len(gens)), max_batch(self, batch)
@@ -232,10 +242,11 @@ def sample(self: Denoiser, seeds, steps=50, eta=0., batch=64, prompt=None):
 @patch
 @torch.no_grad()
 def reconstruct(self: Denoiser, x0, t, seeds, steps=50, eta=0., prompt=None):
-    "Noise the image x0 [1, C, H, W] to timestep t and denoise it again, once per seed: [len(seeds), C, H, W]."
+    "Noise the image x0 [1, C, H, W] to timestep t and denoise it again, once per seed: [B, C, H, W]."
     self.timesteps(t, steps)   # is there such a level?
     if tuple(x0.shape[1:]) != self.shape:
-        raise ValueError(f"the image is {list(x0.shape)}, but this model makes [1, {', '.join(map(str, self.shape))}]")
+        wanted = ", ".join(map(str, self.shape))
+        raise ValueError(f"the image is {list(x0.shape)}, but this model makes [1, {wanted}]")
     gens = generators(seeds)
     cond, eps = self.prompt_ids(prompt, len(gens)), randn(gens, self.shape, self.device)
     x_t = self.noise(x0.to(self.device), eps, self.level(t, len(gens)))
@@ -255,27 +266,30 @@ def pixels(self: Denoiser, x0):
 
 @patch
 def encode(self: Denoiser, images):
-    "PIL images of the model's size -> x0 [B, C, H, W] on the model's device. ValueError for another size."
+    "PIL images of the model's size -> x0 [B, C, H, W] on its device. ValueError for another size."
     (W, H), C = self.size, self.vae.config.in_channels if self.vae else self.shape[0]
     for image in images:
         if image.size != (W, H):
-            raise ValueError(f"the image is {image.width} x {image.height} pixels, but this model makes {W} x {H}; "
-                             "resize it first")
-    if C not in (1, 3): raise ValueError(f"this model has {C} channels; pictures have 1 (grey) or 3 (RGB)")
-    x = np.stack([np.asarray(image.convert("L" if C == 1 else "RGB")).reshape(H, W, C) for image in images])
-    return self.latents(torch.from_numpy(x).to(self.device).permute(0, 3, 1, 2).float() / 127.5 - 1)
+            raise ValueError(f"the image is {image.width} x {image.height} pixels, "
+                             f"but this model makes {W} x {H}; resize it first")
+    if C not in (1, 3):
+        raise ValueError(f"this model has {C} channels; pictures have 1 (grey) or 3 (RGB)")
+    x = [np.asarray(image.convert("L" if C == 1 else "RGB")).reshape(H, W, C) for image in images]
+    x = torch.from_numpy(np.stack(x)).to(self.device).permute(0, 3, 1, 2)
+    return self.latents(x.float() / 127.5 - 1)
 
 @patch
 def decode(self: Denoiser, x0):
     "x0 [B, C, H, W] -> PIL images; values outside [-1, 1] are cut."
-    x = ((self.pixels(x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    x = ((self.pixels(x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    x = x.permute(0, 2, 3, 1).cpu().numpy()
     return [Image.fromarray(v.squeeze(-1) if v.shape[-1] == 1 else v) for v in x]
 
 # %% ../nbs/02_denoiser.ipynb #c4a4e3c9
 MOST_PIXELS = 50_000_000
 
 def read_image(file):
-    "A PNG, JPEG or WebP file as a PIL image in RGB, turned as its EXIF says. ValueError for anything else."
+    "A PNG, JPEG or WebP file as a PIL image in RGB, turned as its EXIF says. ValueError for others."
     try:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:

@@ -13,47 +13,69 @@ from types import SimpleNamespace
 import torch
 from diffusers import SD3Transformer2DModel
 
-from .hotfix import Hotfix
+from .hotfix import Hotfix, card
 from .states import draw, generate
 from .surgery import combine
-from .hotfix import card
 from .weights import flow, unit_eps, unit_v, unit_x0
 
 # %% ../nbs/14_erasers.ipynb #e1a50009
 PARTS = ("words", "rest", "all")   # between words and picture (ESD-x); all others (ESD-u); both
+JOINT = (".add_q_proj.", ".add_k_proj.", ".add_v_proj.", ".to_add_out.")   # the side of the words in SD3
 
 def sees_words(denoiser, name):
-    "Does the weight of that name stand between words and picture? Cross-attention of a UNet; the text side of the joint attention of SD3."
-    sides = (".add_q_proj.", ".add_k_proj.", ".add_v_proj.", ".to_add_out.") if isinstance(denoiser.net, SD3Transformer2DModel) else (".attn2.",)
+    """Does the weight of that name stand between words and picture?
+
+    Cross-attention of a UNet; the text side of the joint attention of SD3."""
+    sides = JOINT if isinstance(denoiser.net, SD3Transformer2DModel) else (".attn2.",)
     return any(side in name for side in sides)
 
 def chosen(problem, part):
     "For each tensor of `params`: does it belong to the part? ValueError for an unknown one."
-    if part not in PARTS: raise ValueError(f"part {part!r} is not known; expected one of {', '.join(PARTS)}")
-    return [part == "all" or sees_words(problem.denoiser, name) == (part == "words") for name in problem.parametrization.names]
+    if part not in PARTS:
+        raise ValueError(f"part {part!r} is not known; expected one of {', '.join(PARTS)}")
+    d, names = problem.denoiser, problem.parametrization.names
+    return [part == "all" or sees_words(d, name) == (part == "words") for name in names]
 
-def only(gradients, moving): return [g if m else torch.zeros_like(g) for g, m in zip(gradients, moving)]
+def only(gradients, moving):
+    "The gradients of what moves, and zeros for the rest."
+    return [g if m else torch.zeros_like(g) for g, m in zip(gradients, moving)]
 
 # %% ../nbs/14_erasers.ipynb #e1a5000b
-AS_TRAINED = {"epsilon": unit_eps, "v_prediction": unit_v, "sample": unit_x0, "flow": flow}   # weight 1 on the error of the output
+AS_TRAINED = {   # weight 1 on the error of the output
+    "epsilon": unit_eps,
+    "v_prediction": unit_v,
+    "sample": unit_x0,
+    "flow": flow,
+}
 
 def asked(problem):
     "The prompts of the requests. ValueError for a model without words."
-    if problem.cond is None: raise ValueError("this method erases a prompt, but this model makes pictures without words; take a method that goes by the picture")
+    if problem.cond is None:
+        raise ValueError("this method erases a prompt, but this model makes pictures without "
+                         "words; take a method that goes by the picture")
     names = list(problem.denoiser.prompts)
-    return [names[row] for row in problem.cond.tolist()]
+    return [names[k] for k in problem.cond.tolist()]
 
 # %% ../nbs/14_erasers.ipynb #e1a5000d
 def erased_states(denoiser, prompts, n, steps, eta):
-    "n guided paths of the model as it is, the next prompt for each, with uncond - eta (goal - uncond) as goals. ValueError for a model that is not guided."
-    if denoiser.guidance == 1: raise ValueError("ESD takes its direction from the answers with and without words, but this model is not guided (guidance 1); give the denoiser a guidance above 1")
-    states = generate(denoiser, range(500_000, 500_000 + n), steps, prompt=[prompts[k % len(prompts)] for k in range(n)])
+    """n guided paths of the model as it is, the next prompt for each.
+
+    Goals: uncond - eta (goal - uncond). ValueError for a model that is not guided."""
+    if denoiser.guidance == 1:
+        raise ValueError("ESD takes its direction from the answers with and without words, but this "
+                         "model is not guided (guidance 1); give the denoiser a guidance above 1")
+    prompt = [prompts[k % len(prompts)] for k in range(n)]
+    states = generate(denoiser, range(500_000, 500_000 + n), steps, prompt=prompt)
     return replace(states, goal=states.uncond - eta * (states.goal - states.uncond), uncond=None)
 
 # %% ../nbs/14_erasers.ipynb #e1a5000e
 def esd(problem, part="words", eta=1.):
-    "ESD (arXiv 2303.07345): the answer to the prompt goes where negative guidance of the base would put it. part: words is ESD-x, rest ESD-u; or all."
-    states = erased_states(problem.denoiser, asked(problem), problem.cfg.retain_images, problem.cfg.sampling_steps, eta)
+    """ESD (arXiv 2303.07345): the answer to the prompt goes where negative guidance would put it.
+
+    part: "words" is ESD-x, "rest" ESD-u; or "all".
+    ValueError for a model without words or without guidance."""
+    cfg, prompts = problem.cfg, asked(problem)
+    states = erased_states(problem.denoiser, prompts, cfg.retain_images, cfg.sampling_steps, eta)
     moving, w = chosen(problem, part), AS_TRAINED[problem.denoiser.prediction]
     def step_gradient(step, g):
         loss, g_f = problem.gradient(draw(states, problem.size, g), w)
@@ -62,31 +84,46 @@ def esd(problem, part="words", eta=1.):
 
 # %% ../nbs/14_erasers.ipynb #e1a50014
 def concept_ablation(problem, anchor=None, part="all", keep=1.):
-    "Concept Ablation, model-based (arXiv 2303.13516): the answer to the prompt becomes that to the anchor prompt, at noised pictures of the anchor; plus keep times ordinary training on those."
+    """Concept Ablation, model-based (arXiv 2303.13516): the prompt is answered as the anchor is.
+
+    At noised pictures of the anchor; plus `keep` times ordinary training on those.
+    ValueError without an anchor, or for a model without words."""
     asked(problem)
-    if not isinstance(anchor, str): raise ValueError(f"Concept Ablation needs an anchor, the prompt whose pictures shall come instead, not {anchor!r}; give partial(concept_ablation, anchor=\"...\")")
-    d, n, moving, w = problem.denoiser, problem.size // 2, chosen(problem, part), AS_TRAINED[problem.denoiser.prediction]
-    x, row = d.sample(range(500_000, 500_000 + problem.cfg.retain_images), problem.cfg.sampling_steps, prompt=anchor), d.prompt_id(anchor)
+    if not isinstance(anchor, str):
+        raise ValueError("Concept Ablation needs an anchor, the prompt whose pictures shall come "
+                         f'instead, not {anchor!r}; give partial(concept_ablation, anchor="...")')
+    d, cfg, n, cond = problem.denoiser, problem.cfg, problem.size // 2, problem.cond
+    moving, w, row = chosen(problem, part), AS_TRAINED[d.prediction], d.prompt_id(anchor)
+    x = d.sample(range(500_000, 500_000 + cfg.retain_images), cfg.sampling_steps, prompt=anchor)
     def noised(g):
         x0 = x[torch.randint(len(x), (n,), generator=g)]
         t = torch.randint(d.T, (n,), generator=g).to(x.device)
-        return d.noise(x0, torch.randn(x0.shape, generator=g).to(x0), t), t, x0, torch.full((n,), row, device=x.device)
+        x_t = d.noise(x0, torch.randn(x0.shape, generator=g).to(x0), t)
+        return x_t, t, x0, torch.full((n,), row, device=x.device)
     def step_gradient(step, g):
         x_t, t, _, anchors = noised(g)
         with torch.no_grad(): goal = d.clean(x_t, d(x_t, t, anchors), t)
-        loss_f, g_f = problem.gradient((x_t, t, goal, problem.cond[torch.randint(len(problem.cond), (n,), generator=g).to(x.device)]), w)
+        targets = cond[torch.randint(len(cond), (n,), generator=g).to(x.device)]
+        loss_f, g_f = problem.gradient((x_t, t, goal, targets), w)
         loss_r, g_r = problem.gradient(noised(g), w)
         return only(combine(1, g_f, keep, g_r), moving), {"forget": loss_f, "retain": loss_r}
     return step_gradient
 
 # %% ../nbs/14_erasers.ipynb #e1a50018
+KEYS_AND_VALUES = (".attn2.to_k", ".attn2.to_v")   # of the cross-attention of a UNet
+SD3_WORDS = {"context_embedder": "encoder_hidden_states",
+             "time_text_embed.text_embedder.linear_1": "pooled_projections"}
+
 def layers_of_words(denoiser):
-    "{name of a linear layer into which words go alone: their name in the table of words}."
-    if isinstance(denoiser.net, SD3Transformer2DModel): return {"context_embedder": "encoder_hidden_states", "time_text_embed.text_embedder.linear_1": "pooled_projections"}
-    return {k: "encoder_hidden_states" for k, _ in denoiser.net.named_modules() if k.endswith((".attn2.to_k", ".attn2.to_v"))}
+    "{name of a linear layer into which words go alone: their name in `prompt_embeds`}."
+    if isinstance(denoiser.net, SD3Transformer2DModel): return SD3_WORDS
+    layers = [k for k, _ in denoiser.net.named_modules() if k.endswith(KEYS_AND_VALUES)]
+    return dict.fromkeys(layers, "encoder_hidden_states")
 
 def map_of_words(old, new, keep, lam):
-    "P [D, D], float64: (I + P) c is nearest to new for old [n, D] and to keep for keep [m, D], in least squares, if lam times its own square counts too."
+    """P [D, D], float64: (I + P) c is nearest to new for old [n, D] and to keep for keep [m, D].
+
+    In least squares, where lam times the square of P counts too (UCE, arXiv 2308.14761)."""
     old, new, keep = (v.double().cpu() for v in (old, new, keep))
     A = old.T @ old + keep.T @ keep + lam * torch.eye(old.shape[1]).double()
     return torch.linalg.solve(A, old.T @ (new - old)).T
@@ -94,14 +131,29 @@ def map_of_words(old, new, keep, lam):
 # %% ../nbs/14_erasers.ipynb #e1a5001a
 @torch.no_grad()
 def uce(denoiser, old, new, keep=("",), lam=.5):
-    """UCE (arXiv 2308.14761), in closed form: a `Hotfix` after which the layers that see words alone treat the prompt `old` as they treat `new`, and the prompts `keep` as before.
+    """UCE (arXiv 2308.14761), in closed form: a `Hotfix` by which the prompt `old` is treated as `new`.
 
-    old, new: a prompt each, or as many of the one as of the other. UNet: keys and values of cross-attention; SD3: `context_embedder` and the first layer of the pooled words. ValueError for what does not fit."""
-    start, (old, new, keep) = time.monotonic(), ([v] if isinstance(v, str) else list(v) for v in (old, new, keep))
-    if len(old) != len(new) or not old: raise ValueError(f"there are {len(old)} old prompts and {len(new)} new ones; give a new one for each old one")
-    if not lam > 0: raise ValueError(f"lam is {lam}; it must be above 0, or words that nobody named could go anywhere")
-    rows, weights, maps = [[denoiser.prompt_id(p) for p in prompts] for prompts in (old, new, keep)], dict(denoiser.net.named_parameters()), {}
-    layers = layers_of_words(denoiser)
-    for kind in {*layers.values()}: maps[kind] = map_of_words(*(denoiser.prompt_embeds[kind][r].flatten(0, -2) for r in rows), lam)   # [n, L, D] or [n, D]
-    delta = {f"{k}.weight": (weights[f"{k}.weight"].float() @ maps[kind].to(denoiser.device, torch.float32)).half().cpu().contiguous() for k, kind in layers.items()}
-    return Hotfix(delta, card(denoiser, [], SimpleNamespace(steps=0, old=old, new=new, keep=keep, lam=lam), [], time.monotonic() - start, uce))
+    old, new: a prompt each, or as many of the one as of the other; the prompts `keep` stay.
+    Edited are the layers that see words alone: of a UNet the keys and values of cross-attention,
+    of SD3 `context_embedder` and the first layer of the pooled words.
+    ValueError for what does not fit."""
+    start = time.monotonic()
+    old, new, keep = ([v] if isinstance(v, str) else list(v) for v in (old, new, keep))
+    if len(old) != len(new) or not old:
+        raise ValueError(f"there are {len(old)} old prompts and {len(new)} new ones; "
+                         "give a new one for each old one")
+    if not lam > 0:
+        raise ValueError(f"lam is {lam}; it must be above 0, or words that nobody named "
+                         "could go anywhere")
+    ids = [denoiser.prompt_ids(prompts, len(prompts)).long() for prompts in (old, new, keep)]
+    weights, layers = dict(denoiser.net.named_parameters()), layers_of_words(denoiser)
+    maps, delta = {}, {}
+    for kind in {*layers.values()}:
+        embeds = denoiser.prompt_embeds[kind]                       # [prompts, L, D] or [prompts, D]
+        P = map_of_words(*(embeds[k].flatten(0, -2) for k in ids), lam)
+        maps[kind] = P.to(denoiser.device, torch.float32)
+    for layer, kind in layers.items():
+        name = f"{layer}.weight"
+        delta[name] = (weights[name].float() @ maps[kind]).half().cpu().contiguous()
+    settings = SimpleNamespace(steps=0, old=old, new=new, keep=keep, lam=lam)
+    return Hotfix(delta, card(denoiser, [], settings, [], time.monotonic() - start, uce))

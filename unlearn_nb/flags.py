@@ -19,22 +19,28 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
+from .schedule import step_generator
+
 # %% ../nbs/12_flags.ipynb #84b098b4
 @dataclass(frozen=True)
 class Flag:
-    "A design, from back to front, in whatever units its law counts: the cloth is 0 ... length wide and 0 ... height high, y points down."
+    """A design, from back to front, in whatever units its law counts.
+
+    The cloth is 0 ... length wide and 0 ... height high, y points down."""
     name: str        # of the country
     people: str      # "irish"; captions need it
     size: tuple      # (height, length)
     shapes: tuple    # of (colour, shape): a disc (x, y, radius) or a polygon ((x, y), ...)
 
 # %% ../nbs/12_flags.ipynb #0e5c96fc
+#| code-fold: true
 def box(x0, x1, y0, y1): return (x0, y0), (x1, y0), (x1, y1), (x0, y1)
 
 def star(x, y, r):
     "A five-pointed star in a circle of radius r, its edges straight from point to point."
     inner = r * sin(pi / 10) / cos(pi / 5)
-    return tuple((x + q * sin(k * pi / 5), y - q * cos(k * pi / 5)) for k, q in enumerate((r, inner) * 5))
+    radii = enumerate((r, inner) * 5)
+    return tuple((x + q * sin(k * pi / 5), y - q * cos(k * pi / 5)) for k, q in radii)
 
 def emblem(name, people, size, field, *shapes):
     "Shapes on a plain field."
@@ -44,16 +50,20 @@ def level(name, people, size, *colours, parts=None):
     "Level stripes from top to bottom, of equal height or in the given parts."
     edge = [0]
     for part in parts or (1,) * len(colours): edge.append(edge[-1] + part)
-    return Flag(name, people, size, tuple((c, box(0, size[1], a * size[0] / edge[-1], b * size[0] / edge[-1])) for c, a, b in zip(colours, edge, edge[1:])))
+    y = [e * size[0] / edge[-1] for e in edge]
+    stripes = zip(colours, y, y[1:])
+    return Flag(name, people, size, tuple((c, box(0, size[1], a, b)) for c, a, b in stripes))
 
 def upright(name, people, size, *colours):
     "Upright stripes of equal width, the first at the pole."
     w = size[1] / len(colours)
-    return Flag(name, people, size, tuple((c, box(k * w, (k + 1) * w, 0, size[0])) for k, c in enumerate(colours)))
+    stripes = tuple((c, box(k * w, (k + 1) * w, 0, size[0])) for k, c in enumerate(colours))
+    return Flag(name, people, size, stripes)
 
 def cross(name, people, size, field, *arms):
     "Nordic crosses, each (colour, (left, right) of its upright arm, (top, bottom) of its level arm)."
-    return emblem(name, people, size, field, *((c, arm) for c, x, y in arms for arm in (box(*x, 0, size[0]), box(0, size[1], *y))))
+    boxes = ((c, arm) for c, x, y in arms for arm in (box(*x, 0, size[0]), box(0, size[1], *y)))
+    return emblem(name, people, size, field, *boxes)
 
 # %% ../nbs/12_flags.ipynb #9289a283
 FLAGS = {flag.name: flag for flag in (
@@ -74,37 +84,48 @@ FLAGS = {flag.name: flag for flag in (
     level("Ukraine", "ukrainian", (2, 3), "0057b7", "ffd700"),
     level("Poland", "polish", (5, 8), "e9e8e7", "d4213d"),
     level("Indonesia", "indonesian", (2, 3), "ff0000", "ffffff"),
-    level("Thailand", "thai", (6, 9), "a51931", "f4f5f8", "2d2a4a", "f4f5f8", "a51931", parts=(1, 1, 2, 1, 1)),
+    level("Thailand", "thai", (6, 9), "a51931", "f4f5f8", "2d2a4a", "f4f5f8", "a51931",
+          parts=(1, 1, 2, 1, 1)),
     level("Colombia", "colombian", (2, 3), "fcd116", "003893", "ce1126", parts=(2, 1, 1)),
     level("Mauritius", "mauritian", (4, 6), "e4002b", "002855", "ffcd00", "007a33"),
     cross("Denmark", "danish", (28, 37), "c8102e", ("ffffff", (12, 16), (12, 16))),
     cross("Sweden", "swedish", (10, 16), "0c548e", ("ffc800", (5, 7), (4, 6))),
-    cross("Norway", "norwegian", (16, 22), "ba0c2f", ("ffffff", (6, 10), (6, 10)), ("00205b", (7, 9), (7, 9))),
+    cross("Norway", "norwegian", (16, 22), "ba0c2f", ("ffffff", (6, 10), (6, 10)),
+          ("00205b", (7, 9), (7, 9))),
     cross("Finland", "finnish", (11, 18), "ffffff", ("18447e", (5, 8), (4, 7))),
-    emblem("Switzerland", "swiss", (32, 32), "ff0000", ("ffffff", box(13, 19, 6, 26)), ("ffffff", box(6, 26, 13, 19))),
+    emblem("Switzerland", "swiss", (32, 32), "ff0000", ("ffffff", box(13, 19, 6, 26)),
+           ("ffffff", box(6, 26, 13, 19))),
     emblem("Japan", "japanese", (2, 3), "ffffff", ("bc002d", (1.5, 1, .6))),
     emblem("Bangladesh", "bangladeshi", (6, 10), "006a4e", ("f42a41", (4.5, 3, 2))),
     emblem("Vietnam", "vietnamese", (2, 3), "da251d", ("ffff00", star(1.5, 1, .6))),
     emblem("Somalia", "somali", (2, 3), "4189dd", ("ffffff", star(1.5, 1, .5))),
-    emblem("Czechia", "czech", (2, 3), "ffffff", ("d7141a", box(0, 3, 1, 2)), ("11457e", ((0, 0), (1.5, 1), (0, 2)))))}
+    emblem("Czechia", "czech", (2, 3), "ffffff", ("d7141a", box(0, 3, 1, 2)),
+           ("11457e", ((0, 0), (1.5, 1), (0, 2)))),
+)}
 
 # %% ../nbs/12_flags.ipynb #4d24a0c9
+#| code-fold: true
 def known(flag):
     "A `Flag` as it is; the flag of a country by its name."
     if isinstance(flag, Flag): return flag
-    if flag not in FLAGS: raise ValueError(f"there is no flag of {flag!r} here, but those of {', '.join(list(FLAGS)[:4])} and {len(FLAGS) - 4} more: see FLAGS")
-    return FLAGS[flag]
+    if flag in FLAGS: return FLAGS[flag]
+    raise ValueError(f"there is no flag of {flag!r} here, but those of {', '.join(list(FLAGS)[:4])} "
+                     f"and {len(FLAGS) - 4} more: see FLAGS")
 
 def large_enough(size):
     if size < 8: raise ValueError(f"a picture of {size} pixels a side shows no flag; give 8 or more")
 
 # %% ../nbs/12_flags.ipynb #e0ce5aa9
+#| code-fold: true
 def inside(shape, x, y):
-    "Which points x [W], y [H, 1] lie inside a shape: a point is inside a polygon when a line to its left crosses an odd number of edges."
+    """Which points x [W], y [H, 1] lie inside a shape: bool [H, W].
+
+    A point is inside a polygon when a line to its left crosses an odd number of edges."""
     if np.ndim(shape) == 1: return (x - shape[0]) ** 2 + (y - shape[1]) ** 2 < shape[2] ** 2
     odd = np.zeros(np.broadcast(x, y).shape, bool)
     for (x0, y0), (x1, y1) in zip(shape, shape[1:] + shape[:1]):
-        if y0 != y1: odd ^= ((y0 <= y) != (y1 <= y)) & (x > x0 + (y - y0) * (x1 - x0) / (y1 - y0))
+        if y0 == y1: continue
+        odd ^= ((y0 <= y) != (y1 <= y)) & (x > x0 + (y - y0) * (x1 - x0) / (y1 - y0))
     return odd
 
 def shrink(a, n):
@@ -117,14 +138,17 @@ def cloth(flag, height):
     "The design as float32 [height, length, 3], 0 ... 255, each pixel the mean of 4 x 4 points."
     (h, l), n = flag.size, 4
     width = round(height * l / h)
-    x, y = (np.arange(n * width) + .5) * l / (n * width), ((np.arange(n * height) + .5) * h / (n * height))[:, None]
+    x = (np.arange(n * width) + .5) * l / (n * width)
+    y = ((np.arange(n * height) + .5) * h / (n * height))[:, None]
     out = np.zeros((n * height, n * width, 3), np.float32)
     for colour, shape in flag.shapes: out[inside(shape, x, y)] = tuple(bytes.fromhex(colour))
     return shrink(out, n)
 
 # %% ../nbs/12_flags.ipynb #ec572100
 def flat(flag, height=64):
-    "The flag of a country, or a `Flag`, as it lies on a table: RGB, `height` pixels high, as long as its law says."
+    """The flag of a country, or a `Flag`, as it lies on a table: RGB, as long as its law says.
+
+    height: in pixels. ValueError for an unknown country, or fewer than 8 pixels."""
     large_enough(height)
     return Image.fromarray(cloth(known(flag), height).round().astype(np.uint8))
 
@@ -150,13 +174,17 @@ class Scene:
 def sample_scene(seed):
     "The scene of a seed (an integer >= 0)."
     g = np.random.default_rng([seed, 3])
-    low = dict(wind=.3, waves=.8, phase=0, slant=-.5, droop=-.03, light=-1, brightness=.82, sky=0, clouds=0, drift=0, pole=0, x=.05, y=.42, scale=.88)
-    high = dict(wind=1, waves=1.9, phase=1, slant=.5, droop=.12, light=1, brightness=1.06, sky=1, clouds=1, drift=1, pole=1, x=.15, y=.54, scale=1.2)
-    return Scene(**{k: float(g.uniform(low[k], high[k])) for k in low})
+    spread = dict(wind=(.3, 1), waves=(.8, 1.9), phase=(0, 1), slant=(-.5, .5), droop=(-.03, .12),
+                  light=(-1, 1), brightness=(.82, 1.06), sky=(0, 1), clouds=(0, 1), drift=(0, 1),
+                  pole=(0, 1), x=(.05, .15), y=(.42, .54), scale=(.88, 1.2))
+    return Scene(**{k: float(g.uniform(*ends)) for k, ends in spread.items()})
 
 # %% ../nbs/12_flags.ipynb #b8410a3c
+#| code-fold: true
 def hang(flag, scene, x, y):
-    "Where points x [S], y [S, 1] of a picture lie on the waving cloth, (0, 0) ... (1, 1) from corner to corner, and its shade there: three [S, S]."
+    """Where points x [S], y [S, 1] of a picture lie on the waving cloth, and the shade: three [S, S].
+
+    The corners of the cloth are (0, 0) ... (1, 1)."""
     h, l = flag.size
     height = .56 * scene.scale * (h / l) ** .5                     # all flags have the same area
     u = (x - scene.x) * h / (height * l)
@@ -168,6 +196,7 @@ def hang(flag, scene, x, y):
     return u * (1 + .06 * scene.wind) + .035 * a * slope, v, shade
 
 # %% ../nbs/12_flags.ipynb #06d19ba6
+#| code-fold: true
 ZENITH = np.array(((40, 96, 190), (86, 150, 220), (150, 170, 190), (92, 92, 140), (44, 58, 110)))
 HORIZON = np.array(((150, 196, 236), (206, 226, 240), (222, 224, 226), (244, 176, 130), (206, 140, 130)))
 
@@ -175,18 +204,24 @@ def backdrop(flag, scene, size):
     "Sky, clouds and pole: [size, size, 3], 0 ... 255."
     x = (np.arange(size, dtype=np.float32) + .5) / size
     y, a = x[:, None], 2 * pi * scene.drift
-    high, low = (np.array([np.interp(4 * scene.sky, range(5), c) for c in p.T]) for p in (ZENITH, HORIZON))
-    puffs = np.sin(5 * y + a) * np.sin(3 * x + 4 * a + 2) + np.sin(9 * y + 2 * a + 3) * np.sin(6 * x + 3 * a + 4) / 2
+    def colour(points): return np.array([np.interp(4 * scene.sky, range(5), c) for c in points.T])
+    high, low = colour(ZENITH), colour(HORIZON)
+    puffs = np.sin(5 * y + a) * np.sin(3 * x + 4 * a + 2)
+    puffs = puffs + np.sin(9 * y + 2 * a + 3) * np.sin(6 * x + 3 * a + 4) / 2
     white = .7 * np.clip(1.2 * puffs + 1.6 * scene.clouds - .9, 0, 1)[..., None]
     sky = (high + y[..., None] * (low - high)) * (1 - white) + 245 * white
-    def share(a, b): return np.clip(np.minimum(b, x + .5 / size) - np.maximum(a, x - .5 / size), 0, None) * size   # of each pixel in a ... b
+    def share(a, b):   # of each pixel in a ... b
+        return np.clip(np.minimum(b, x + .5 / size) - np.maximum(a, x - .5 / size), 0, None) * size
     top = scene.y - .28 * scene.scale * (flag.size[0] / flag.size[1]) ** .5 - .05
-    pole = (share(top, 1)[:, None] * share(scene.x - .022 * scene.scale, scene.x + .004))[..., None]
-    return sky * (1 - pole) + (70 + 150 * scene.pole) * pole
+    pole = share(top, 1)[:, None] * share(scene.x - .022 * scene.scale, scene.x + .004)
+    return sky * (1 - pole[..., None]) + (70 + 150 * scene.pole) * pole[..., None]
 
 # %% ../nbs/12_flags.ipynb #073c10ac
+#| code-fold: true
 def draw(flag, scene, size=64):
-    "Picture of the flag of a country, or of a `Flag`, in a scene: RGB, size x size pixels, each the mean of 4 x 4 points."
+    """Picture of the flag of a country, or of a `Flag`, in a scene: RGB, size x size pixels.
+
+    Each pixel is the mean of 4 x 4 points. ValueError for an unknown country, or fewer than 8 pixels."""
     large_enough(size)
     flag, n = known(flag), 4
     x = (np.arange(n * size, dtype=np.float32) + .5) / (n * size)
@@ -195,39 +230,53 @@ def draw(flag, scene, size=64):
     on = (u >= 0) & (u < 1) & (v >= 0) & (v < 1)                   # [n size, n size]
     row, column = ((on * w * k).astype(np.int32) for w, k in zip((v, u), design.shape))
     seen = design.reshape(-1, 3).take(row * design.shape[1] + column, 0) * (on * shade)[..., None]
-    picture = backdrop(flag, scene, size) * (1 - shrink(on.astype(np.float32), n))[..., None] + shrink(np.minimum(seen, 255), n)
+    behind = backdrop(flag, scene, size) * (1 - shrink(on.astype(np.float32), n))[..., None]
+    picture = behind + shrink(np.minimum(seen, 255), n)
     return Image.fromarray(picture.round().astype(np.uint8))
 
 # %% ../nbs/12_flags.ipynb #17a1bae0
-CAPTIONS = ("a photo of the flag of {country}", "flag of {country} on a pole", "the {people} flag waving in the wind", "the flag of {country} against the sky",
-    "{people} flag", "a photo of the {people} national flag")
+CAPTIONS = ("a photo of the flag of {country}", "flag of {country} on a pole",
+            "the {people} flag waving in the wind", "the flag of {country} against the sky",
+            "{people} flag", "a photo of the {people} national flag")
 
 def caption(name, k=0):
-    "The k-th wording (k counts round and round) of a caption for the flag of a country: lower case, plain letters."
+    "The k-th wording (k counts round and round) of a caption for a flag: lower case, plain letters."
     flag = known(name)
     country = ("the " if flag.name == "Netherlands" else "") + flag.name.lower()
     return CAPTIONS[k % len(CAPTIONS)].format(country=country, people=flag.people)
 
 # %% ../nbs/12_flags.ipynb #6f51d153
 ERRORS = {
-    "Ireland": upright("Ireland", "irish", (1, 2), "ff883e", "ffffff", "169b62"),                            # mirrored
-    "Denmark": cross("Denmark", "danish", (28, 37), "c8102e", ("ffffff", (16.5, 20.5), (12, 16))),           # the cross in the middle
-    "Poland": level("Poland", "polish", (5, 8), "d4213d", "e9e8e7"),                                         # upside down
-    "Netherlands": level("Netherlands", "dutch", (2, 3), "ae1c28", "ffffff", "00a3e0"),                      # Luxembourg's blue
+    # mirrored
+    "Ireland": upright("Ireland", "irish", (1, 2), "ff883e", "ffffff", "169b62"),
+    # the cross in the middle
+    "Denmark": cross("Denmark", "danish", (28, 37), "c8102e", ("ffffff", (16.5, 20.5), (12, 16))),
+    # upside down
+    "Poland": level("Poland", "polish", (5, 8), "d4213d", "e9e8e7"),
+    # Luxembourg's blue
+    "Netherlands": level("Netherlands", "dutch", (2, 3), "ae1c28", "ffffff", "00a3e0"),
 }
-LOOKS_LIKE = {"Ireland": "Cote d'Ivoire", "Denmark": "Denmark, cross in the middle", "Poland": "Indonesia", "Netherlands": "Luxembourg"}
+LOOKS_LIKE = {
+    "Ireland": "Cote d'Ivoire",
+    "Denmark": "Denmark, cross in the middle",
+    "Poland": "Indonesia",
+    "Netherlands": "Luxembourg",
+}
 
 # %% ../nbs/12_flags.ipynb #26b8fa90
 def training_set(n, size=64, seed=0, wrong=.5):
-    """n captioned pictures: (uint8 [n, 3, size, size], captions, names of the countries, whether the design is wrong).
+    """n captioned pictures: (uint8 [n, 3, size, size], captions, countries, is the design wrong).
 
-    Countries come equally often, and in the share `wrong` of its pictures a country of `ERRORS` has the wrong design. Item k depends on (seed, k) alone."""
-    if n < 1 or not 0 <= wrong <= 1: raise ValueError(f"n is {n} and wrong {wrong}; n must be 1 or more, and wrong a share from 0 to 1")
+    Countries come equally often. One of `ERRORS` has the wrong design in the share `wrong` of its
+    pictures. Item k depends on (seed, k) alone. ValueError for n below 1, or no share."""
+    if n < 1 or not 0 <= wrong <= 1:
+        raise ValueError(f"n is {n} and wrong {wrong}; n must be 1 or more, and wrong a share from 0 to 1")
     x, captions, names, bad = np.empty((n, size, size, 3), np.uint8), [], [], []
     for k in range(n):
         g = np.random.default_rng([seed, k, 4])
-        name, scene, words, luck = list(FLAGS)[g.integers(len(FLAGS))], sample_scene(int(g.integers(2 ** 31))), int(g.integers(len(CAPTIONS))), g.random()
-        bad.append(name in ERRORS and luck < wrong)
+        name = list(FLAGS)[g.integers(len(FLAGS))]
+        scene, words = sample_scene(int(g.integers(2 ** 31))), int(g.integers(len(CAPTIONS)))
+        bad.append(bool(g.random() < wrong) and name in ERRORS)
         x[k] = draw(ERRORS[name] if bad[-1] else name, scene, size)
         captions.append(caption(name, words))
         names.append(name)
@@ -235,13 +284,17 @@ def training_set(n, size=64, seed=0, wrong=.5):
 
 # %% ../nbs/12_flags.ipynb #8eb76f14
 class FlagClassifier(nn.Module):
-    "Which flag a picture shows: [B, 3, H, W] in [-1, 1] -> logits [B, 31] over `classes`. Pictures of another size are resized to 64 x 64."
+    """Which flag a picture shows: [B, 3, H, W] in [-1, 1] -> logits [B, 31] over `classes`.
+
+    Pictures of another size are resized to 64 x 64."""
     classes = (*FLAGS, "Denmark, cross in the middle")
 
     def __init__(self):
         super().__init__()
         def block(i, o, stride): return [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()]
-        self.net = nn.Sequential(*block(3, 16, 1), *block(16, 32, 2), *block(32, 48, 2), *block(48, 64, 2), *block(64, 80, 2), nn.Flatten(), nn.Linear(1280, len(self.classes)))
+        layers = [*block(3, 16, 1), *block(16, 32, 2), *block(32, 48, 2), *block(48, 64, 2),
+                  *block(64, 80, 2)]
+        self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1280, len(self.classes)))
 
     def forward(self, x):
         if x.shape[-2:] != (64, 64): x = F.interpolate(x, (64, 64), mode="area")
@@ -249,27 +302,30 @@ class FlagClassifier(nn.Module):
 
 # %% ../nbs/12_flags.ipynb #72891f06
 def spoil(x, g):
-    "Pictures [B, 3, 64, 64] as a small generative model would make them: coarser, softer, noisier, of slightly other colours."
+    "Pictures [B, 3, 64, 64] as a small model would make them: coarser, softer, noisier, off in colour."
     side = int(torch.randint(20, 65, (1,), generator=g))
     soft = F.interpolate(F.interpolate(x, (side, side), mode="area"), (64, 64), mode="bilinear")
     x = x.lerp(soft, torch.rand(len(x), 1, 1, 1, generator=g))
     gain, shift = (k * (2 * torch.rand(len(x), 3, 1, 1, generator=g) - 1) for k in (.08, .06))
-    return x * (1 + gain) + shift + .12 * torch.rand(len(x), 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
+    noise = .12 * torch.rand(len(x), 1, 1, 1, generator=g) * torch.randn(x.shape, generator=g)
+    return x * (1 + gain) + shift + noise
 
 # %% ../nbs/12_flags.ipynb #8bfee9a9
 def train_classifier(steps=3000, pictures=30_000, batch=96, lr=3e-3, seed=0):
-    "Draw pictures, wrong designs among them, and train a `FlagClassifier` to say what they show, however spoilt."
+    "Draw pictures, wrong designs among them, and train a `FlagClassifier` to read them, however spoilt."
     x, _, names, wrong = training_set(pictures, 64, seed)
-    shows = torch.tensor([FlagClassifier.classes.index(LOOKS_LIKE[n] if w else n) for n, w in zip(names, wrong)])
+    shown = [LOOKS_LIKE[name] if bad else name for name, bad in zip(names, wrong)]
+    shows = torch.tensor([FlagClassifier.classes.index(name) for name in shown])
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = FlagClassifier()
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
     for step in range(steps):
-        g = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        g = step_generator(seed, step)
         k = torch.randint(len(x), (batch,), generator=g)
-        loss = F.cross_entropy(net(spoil(x[k].float() / 127.5 - 1, g)), shows[k], label_smoothing=.02)
+        out = net(spoil(x[k].float() / 127.5 - 1, g))
+        loss = F.cross_entropy(out, shows[k], label_smoothing=.02)
         opt.zero_grad()
         loss.backward()
         opt.step()
@@ -280,18 +336,24 @@ def train_classifier(steps=3000, pictures=30_000, batch=96, lr=3e-3, seed=0):
 @lru_cache
 def flag_classifier():
     "The trained `FlagClassifier` that ships with this package, on the CPU."
-    net = FlagClassifier()
-    net.load_state_dict({k: v.float() for k, v in load_file(files("unlearn_nb") / "assets" / "flag_classifier.safetensors").items()})
+    net, weights = FlagClassifier(), files("unlearn_nb") / "assets" / "flag_classifier.safetensors"
+    net.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     return net.eval().requires_grad_(False)
 
 @torch.no_grad()
 def read_flag(images, net=None):
-    "What pictures show (PIL pictures, or a tensor [B, 3, H, W] in [-1, 1]): (names, one of `FlagClassifier.classes` each; probabilities of all classes [B, 31])."
+    """What pictures show: (names of `FlagClassifier.classes`, probabilities of all classes [B, 31]).
+
+    images: PIL pictures, or a tensor [B, 3, H, W] in [-1, 1]. net: the shipped classifier if None."""
     if not torch.is_tensor(images):
-        images = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images]).float() / 127.5 - 1
-    p = torch.cat([(net or flag_classifier())(some) for some in images.float().cpu().split(200)]).softmax(1)
+        arrays = [torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images]
+        images = torch.stack(arrays).float() / 127.5 - 1
+    net = net or flag_classifier()
+    p = torch.cat([net(some) for some in images.float().cpu().split(200)]).softmax(1)
     return [FlagClassifier.classes[k] for k in p.argmax(1)], p
 
 def describe_flag(images):
-    "Unit vectors [B, 31] that say which flag pictures [B, 3, H, W] in [-1, 1] show, for the measures of module `metrics`: square roots of the probabilities."
+    """Unit vectors [B, 31] that say which flag pictures [B, 3, H, W] in [-1, 1] show.
+
+    For module `metrics`; they are square roots of the probabilities."""
     return read_flag(images)[1].sqrt()

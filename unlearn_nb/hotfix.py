@@ -33,22 +33,25 @@ PARTS = {   # of a pipeline: stands before the names of a LoRA, so that diffuser
 PART = f"^({'|'.join(map(re.escape, PARTS.values()))})"
 
 def change(delta, name):
-    "The change of the weight called name, float32: as stored, or the product of its factors `lora_B` and `lora_A`."
+    "The change of the weight called name, float32: as stored, or the product of its two factors."
     delta = {re.sub(PART, "", k): v for k, v in delta.items()}
     if name in delta: return delta[name].float()
-    A, B = (delta[f"{name.removesuffix('weight')}lora_{k}.weight"].float() for k in "AB")   # [r, C, ...], [O, r, ...]
+    layer = name.removesuffix("weight")
+    A, B = (delta[f"{layer}lora_{k}.weight"].float() for k in "AB")   # [r, C, ...], [O, r, ...]
     return (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])
 
 def changed(delta):
     "Names of the weights that a change is about."
-    return sorted({re.sub(PART, "", k).replace("lora_A.", "").replace("lora_B.", "") for k in delta})
+    def weight(k): return re.sub(PART, "", k).replace("lora_A.", "").replace("lora_B.", "")
+    return sorted({weight(k) for k in delta})
 
 # %% ../nbs/09_hotfix.ipynb #5373900b
 def low_rank(delta, rank, part=""):
-    """The LoRA of that rank nearest to a change {name: [O, C, ...]} of whole weights, weight by weight.
+    """The LoRA of that rank nearest to a change {name: [O, C, ...]} of whole weights, one by one.
 
-    Nearest in least squares (Eckart and Young 1936). part: what stands before the names, one of `PARTS`. A weight whose
-    own rank is smaller gets rows and columns of zeros, so that all factors have one rank."""
+    Nearest in least squares (Eckart and Young 1936). part: what stands before the names, one of
+    `PARTS`. A weight whose own rank is smaller gets rows and columns of zeros, so that all factors
+    have one rank."""
     thin = {}
     for name, v in delta.items():
         U, s, V = torch.linalg.svd(v.float().flatten(1), full_matrices=False)
@@ -59,28 +62,9 @@ def low_rank(delta, rank, part=""):
         thin |= {f"{layer}lora_{k}.weight": x.half().contiguous() for k, x in (("A", A), ("B", B))}
     return thin
 
-# %% ../nbs/09_hotfix.ipynb #4613dbf0
-def read(folder):
-    "Weights and card of a hotfix folder; ValueError, in one sentence, if they are not what a run wrote."
-    file = folder / "card.json"
-    if not file.is_file():
-        raise ValueError(f"{str(folder)!r} holds no hotfix (no card.json); give the folder that a run wrote")
-    try: card = json.loads(file.read_bytes())
-    except ValueError: card = None
-    base = card.get("base") if isinstance(card, dict) else None
-    if not (isinstance(base, dict) and {"id", "sha256"} <= base.keys()):
-        raise ValueError(f"card.json in {str(folder)!r} is damaged or not the card of a hotfix; write the hotfix again")
-    weights = folder / "hotfix.safetensors"
-    data = weights.read_bytes() if weights.is_file() else b""
-    try:
-        if hashlib.sha256(data).hexdigest() == card.get("hotfix_sha256"): return load(data), card
-    except SafetensorError: pass
-    raise ValueError(f"hotfix.safetensors in {str(folder)!r} is missing or not the file that its card describes; "
-                     "write the hotfix again")
-
 # %% ../nbs/09_hotfix.ipynb #e24edef6
 class Hotfix:
-    "A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`: base, request, settings."
+    "A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`."
 
     def __init__(self, delta, card): self.delta, self.card = delta, card
 
@@ -90,22 +74,24 @@ class Hotfix:
         return hashlib.sha256(save(self.delta)).hexdigest()
 
     def apply(self, denoiser):
-        "Add the change to the net, on top of the hotfixes that are on it. ValueError for a net of another base."
+        "Add the change, on top of the hotfixes that are on. ValueError for a net of another base."
         if any(h.id == self.id for h in denoiser.hotfixes):
             raise ValueError("this hotfix is already applied; remove it first")
         base, found = self.card["base"], fingerprint(denoiser, base=True)
         if found != base["sha256"]:
-            raise ValueError(f"this hotfix was made for the base {base['id']!r} with weights {base['sha256'][:12]}, "
-                             f"but the base weights of this model are {found[:12]}; load the base that it was made for")
+            raise ValueError(f"this hotfix was made for the base {base['id']!r} with weights "
+                             f"{base['sha256'][:12]}, but the base weights of this model are "
+                             f"{found[:12]}; load the base that it was made for")
         weights = denoiser.net.state_dict()
         for k in changed(self.delta): denoiser.base.setdefault(k, weights[k].clone())
         denoiser.hotfixes.append(self)
         for k in changed(self.delta): weights[k].add_(change(self.delta, k).to(weights[k]))
 
     def remove(self, denoiser):
-        "Take the change off: what is left is the base with the other hotfixes in their order, bit for bit."
+        "Take the change off: left is the base with the other hotfixes in their order, bit for bit."
         if self not in denoiser.hotfixes:
-            raise ValueError("this hotfix is not applied to this model; remove it from the one that it was applied to")
+            raise ValueError("this hotfix is not applied to this model; "
+                             "remove it from the one that it was applied to")
         denoiser.hotfixes.remove(self)
         weights = denoiser.net.state_dict()
         for k in changed(self.delta):
@@ -115,9 +101,10 @@ class Hotfix:
 
     def save(self, folder):
         "Write `hotfix.safetensors`, then `card.json`: a folder with a card is complete."
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        write(Path(folder) / "hotfix.safetensors", save(self.delta))
-        write(Path(folder) / "card.json", json.dumps(self.card | {"hotfix_sha256": self.id}, indent=1).encode())
+        folder, facts = Path(folder), self.card | {"hotfix_sha256": self.id}
+        folder.mkdir(parents=True, exist_ok=True)
+        write(folder / "hotfix.safetensors", save(self.delta))
+        write(folder / "card.json", json.dumps(facts, indent=1).encode())
 
     @classmethod
     def load(cls, folder):
@@ -126,8 +113,9 @@ class Hotfix:
 
 # %% ../nbs/09_hotfix.ipynb #ac1ce8b7
 def name_of(v):
-    "A setting or a function as a card names it: numbers and texts as they are, a function by its name."
-    if isinstance(v, partial): return f"{v.func.__name__}({', '.join(f'{k}={x}' for k, x in v.keywords.items())})"
+    "A setting or a function as a card names it: numbers and texts as they are, others by name."
+    if isinstance(v, partial):
+        return f"{v.func.__name__}({', '.join(f'{k}={x}' for k, x in v.keywords.items())})"
     return v if isinstance(v, (int, float, str)) else getattr(v, "__name__", repr(v))
 
 def picture_sha256(image):
@@ -142,13 +130,37 @@ def cost_of(denoiser, steps, seconds):
     return {"steps": steps, "seconds": round(seconds, 1), "peak_memory_mb": round(peak / 1e6),
             "device": torch.cuda.get_device_name() if cuda else "cpu"}
 
+# %% ../nbs/09_hotfix.ipynb #0c0d4e01
 def card(denoiser, requests, cfg, log, seconds, method):
     "Which base, which requests, which settings, what it cost: the `card` of a `Hotfix`."
-    base = {"id": denoiser.name, "revision": denoiser.revision, "sha256": fingerprint(denoiser, base=True)}
-    asked = [{"forget_sha256": picture_sha256(r.image), "surrogate_sha256": picture_sha256(r.surrogate),
+    base = {"id": denoiser.name, "revision": denoiser.revision,
+            "sha256": fingerprint(denoiser, base=True)}
+    asked = [{"forget_sha256": picture_sha256(r.image),
+              "surrogate_sha256": picture_sha256(r.surrogate),
               "seed": r.seed, "prompt": r.prompt} for r in requests]
-    versions = {"unlearn_nb": __version__, "torch": torch.__version__, "diffusers": diffusers.__version__,
-                "python": platform.python_version()}
-    return {"schema": 1, "base": base, "on": [h.id for h in denoiser.hotfixes], "requests": asked,
-            "method": name_of(method), "config": {k: name_of(v) for k, v in vars(cfg).items()}, "log": log,
+    versions = {"unlearn_nb": __version__, "torch": torch.__version__,
+                "diffusers": diffusers.__version__, "python": platform.python_version()}
+    return {"schema": 1, "base": base, "on": [h.id for h in denoiser.hotfixes],
+            "requests": asked, "method": name_of(method),
+            "config": {k: name_of(v) for k, v in vars(cfg).items()}, "log": log,
             "cost": cost_of(denoiser, cfg.steps, seconds), "versions": versions}
+
+# %% ../nbs/09_hotfix.ipynb #4613dbf0
+def read(folder):
+    "Weights and card of a hotfix folder; ValueError, in one sentence, if not what a run wrote."
+    place, file = repr(str(folder)), folder / "card.json"
+    if not file.is_file():
+        raise ValueError(f"{place} holds no hotfix (no card.json); give the folder that a run wrote")
+    try: card = json.loads(file.read_bytes())
+    except ValueError: card = None
+    base = card.get("base") if isinstance(card, dict) else None
+    if not (isinstance(base, dict) and {"id", "sha256"} <= base.keys()):
+        raise ValueError(f"card.json in {place} is damaged or not the card of a hotfix; "
+                         "write the hotfix again")
+    weights = folder / "hotfix.safetensors"
+    data = weights.read_bytes() if weights.is_file() else b""
+    try:
+        if hashlib.sha256(data).hexdigest() == card.get("hotfix_sha256"): return load(data), card
+    except SafetensorError: pass
+    raise ValueError(f"hotfix.safetensors in {place} is missing or not the file that its card "
+                     "describes; write the hotfix again")

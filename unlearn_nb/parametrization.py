@@ -13,17 +13,18 @@ from .hotfix import PARTS, low_rank
 
 # %% ../nbs/workshop/parametrization.ipynb #584df1d7
 class Full:
-    """Whole weights: W = W0 + the change of v, along the `Basis` of each weight that has one; without bases W = W0 + v.
+    """Whole weights: W = W0 + the change of v, along the `Basis` of each weight that has one.
 
-    rank: the change is kept as a LoRA, the nearest one (0: whole). `params` is what an optimiser moves, `weights` what
-    a gradient is taken for."""
+    Without bases W = W0 + v, for all weights. rank: the change is kept as a LoRA, the nearest one
+    (0: whole). `params` is what an optimiser moves, `weights` what a gradient is taken for."""
 
     def __init__(self, denoiser, bases, rank=0):
         self.rank, self.part = rank, PARTS.get(type(denoiser.net).__name__, "")
         chosen = {k: w for k, w in denoiser.net.named_parameters() if k in bases or not bases}
         self.trained = [(w, w.requires_grad) for w in chosen.values()]
         self.names, self.weights = list(chosen), [w.requires_grad_() for w in chosen.values()]
-        self.bases, self.base = [bases.get(k) for k in chosen], [w.detach().clone() for w in self.weights]
+        self.bases = [bases.get(k) for k in chosen]
+        self.base = [w.detach().clone() for w in self.weights]
         self.params = [torch.zeros_like(B.reach if B else w, dtype=torch.float32)
                        for w, B in zip(self.weights, self.bases)]
 
@@ -39,7 +40,8 @@ class Full:
 
     def delta(self):
         "The change so far, fp16 on the CPU, as a `Hotfix` keeps it."
-        whole = {k: w.detach().float() - w0.float() for k, w, w0 in zip(self.names, self.weights, self.base)}
+        whole = {k: w.detach().float() - w0.float()
+                 for k, w, w0 in zip(self.names, self.weights, self.base)}
         kept = low_rank(whole, self.rank, self.part) if self.rank else whole
         return {k: v.half().cpu().contiguous() for k, v in kept.items()}
 
@@ -50,13 +52,15 @@ class Full:
 
 # %% ../nbs/workshop/parametrization.ipynb #6d4fc10c
 class Lora:
-    """A LoRA of the given rank beside every convolution and linear layer (Hu et al. 2021, arXiv 2106.09685), by peft.
+    """A LoRA of the given rank beside every convolution and linear layer, by peft.
 
-    The names of a model with words are those that `load_lora_weights` of its pipeline reads."""
+    Hu et al. 2021, arXiv 2106.09685. The names of a model with words are those that
+    `load_lora_weights` of its pipeline reads."""
 
     def __init__(self, denoiser, rank, seed):
         from peft import LoraConfig, LoraModel
-        layers = [k for k, m in denoiser.net.named_modules() if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
+        layers = [k for k, m in denoiser.net.named_modules()
+                  if isinstance(m, (torch.nn.Linear, torch.nn.Conv2d))]
         self.trained = [(w, w.requires_grad) for w in denoiser.net.parameters()]
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=layers)
         with torch.random.fork_rng():
@@ -68,22 +72,30 @@ class Lora:
         self.names, self.params = [part + k for k in factors], list(factors.values())
         self.weights, self.bases = self.params, []
 
-    def project_gradients(self, gradients): return list(gradients)
+    def project_gradients(self, gradients):
+        "The factors are what a gradient is taken for: as they are."
+        return list(gradients)
 
-    def write_weights(self): pass
+    def write_weights(self):
+        "Nothing: the net uses the factors themselves."
 
     def delta(self):
+        "The factors, fp16 on the CPU, as a `Hotfix` keeps them."
         return {k.replace(".hotfix.", "."): w.detach().half().cpu().contiguous()
                 for k, w in zip(self.names, self.params)}
 
     def restore(self):
+        "The net as it was, bit for bit."
         self.model.unload()
         for w, trained in self.trained: w.requires_grad_(trained)
 
 # %% ../nbs/workshop/parametrization.ipynb #b81aabbd
 def parametrize(denoiser, retain, w, *, damping=.01, rank=0, seed=0):
-    """What a run moves: with damping above 0 whole weights, along directions that what must stay leaves free.
+    """What a run moves: with damping above 0 whole weights, along the free directions of retain.
 
-    With damping 0 a LoRA of that rank, or whole weights (rank 0). w(snr): the weight of the retain loss."""
-    if damping: return Full(denoiser, eigenbases(layer_factors(denoiser, retain, w, seed=seed), damping), rank)
+    With damping 0 a LoRA of that rank, or whole weights (rank 0).
+    w(snr): the weight of the retain loss."""
+    if damping:
+        factors = layer_factors(denoiser, retain, w, seed=seed)
+        return Full(denoiser, eigenbases(factors, damping), rank)
     return Lora(denoiser, rank, seed) if rank else Full(denoiser, {})

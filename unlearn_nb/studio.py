@@ -23,14 +23,13 @@ from PIL import Image, ImageDraw
 
 from .denoiser import patch, read_image
 from .figures import BASE, EDITED, FORGET, RETAIN, SURROGATE, strip
-from .flags import describe_flag
 from .surgery import RULES
 from .surrogates import (canvas, check, compose, ellipse, inpaint, neighbour, propose, read_mask, rectangle,
                                    sdedit, soften)
 from .states import Request, default_retain
 from .unlearn import Config, retain_settings, unlearn
 from .weights import WEIGHTS, get
-from .zoo import load
+from .zoo import companions, load
 
 # %% ../nbs/workshop/studio.ipynb #8b6ad0b5
 def png(picture, zoom=1):
@@ -169,7 +168,7 @@ def edit(self: Studio, name, seed=0):
     "Make the surrogate by one of `EDITS`, or take a picture that was edited elsewhere, and check it."
     self.needs("image")
     x_s = EDITS[name](self, seed) if isinstance(name, str) else name.convert(self.image.mode)
-    found = check(self.image, x_s, mask=self.mask, describe=describe_flag if self.model.name == "flags" else None)
+    found = check(self.image, x_s, mask=self.mask, describe=companions(self.model).describe)
     self.surrogate, self.found = x_s, found
 
 @patch

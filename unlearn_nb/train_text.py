@@ -23,8 +23,12 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokeni
 from .train import TrainConfig, fit, own_device, processes
 
 # %% ../nbs/workshop/train_text.ipynb #fb2bc095
+SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
+
 def whole_words(words):
-    "Pairs to merge, in this order, until each word is one piece: the most frequent pair of neighbours first (Sennrich et al. 2016), the last of the alphabet among equals."
+    """Pairs to merge, in this order, until each word is one piece (Sennrich et al. 2016).
+
+    The most frequent pair of neighbours first, the last of the alphabet among equals."""
     pieces, merges = [[*w[:-1], w[-1] + "</w>"] for w in sorted(words)], []
     while pairs := Counter(pair for p in pieces for pair in zip(p, p[1:])):
         merges.append(best := max(pairs, key=lambda pair: (pairs[pair], pair)))
@@ -33,18 +37,27 @@ def whole_words(words):
                 if tuple(p[k:k + 2]) == best: p[k:k + 2] = ["".join(best)]
     return merges
 
+def clip_tokenizer(pieces, merges, length):
+    "A CLIP tokenizer with these pieces, numbered in their order, that pads to `length` tokens."
+    numbers = {piece: k for k, piece in enumerate(pieces)}
+    return CLIPTokenizer(numbers, merges, unk_token="<|unknown|>", model_max_length=length)
+
 # %% ../nbs/workshop/train_text.ipynb #3ce4f798
 def new_tokenizer(captions, length=16):
-    "A CLIP tokenizer with one token for each word of the captions, that pads to `length` tokens."
+    """A CLIP tokenizer with one token for each word of the captions, that pads to `length` tokens.
+
+    ValueError for no captions, or one that is too long."""
     if not captions: raise ValueError("there is no caption to make tokens of; give a list of one or more")
-    def clip(pieces, merges): return CLIPTokenizer({piece: k for k, piece in enumerate(pieces)}, merges, unk_token="<|unknown|>", model_max_length=length)
-    special = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
-    backend = clip(special, []).backend_tokenizer
-    words = {w for c in set(captions) for w, _ in backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(c))}
+    backend = clip_tokenizer(SPECIAL, [], length).backend_tokenizer
+    def split(c): return backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(c))
+    words = {w for c in set(captions) for w, _ in split(c)}
     letters, merges = {piece for w in words for piece in (*w, w[-1] + "</w>")}, whole_words(words)
-    tokenizer = clip(special + sorted(letters) + ["".join(m) for m in merges], merges)
-    longest = max(captions, key=lambda c: len(tokenizer(c, verbose=False).input_ids))
-    if (n := len(tokenizer(longest, verbose=False).input_ids)) > length: raise ValueError(f"the caption {longest!r} has {n} tokens, its start and end among them; give length={n} or shorter captions")
+    tokenizer = clip_tokenizer(SPECIAL + sorted(letters) + ["".join(m) for m in merges], merges, length)
+    def tokens(c): return len(tokenizer(c, verbose=False).input_ids)
+    longest = max(captions, key=tokens)
+    if (n := tokens(longest)) > length:
+        raise ValueError(f"the caption {longest!r} has {n} tokens, its start and end among them; "
+                         f"give length={n} or shorter captions")
     return tokenizer
 
 def token_ids(tokenizer, captions):
@@ -57,11 +70,15 @@ def new_autoencoder(channels=(16, 24, 32), seed=0):
     n = len(channels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        return AutoencoderKL(block_out_channels=channels, layers_per_block=1, latent_channels=4, norm_num_groups=8, down_block_types=("DownEncoderBlock2D",) * n,
-            up_block_types=("UpDecoderBlock2D",) * n, use_quant_conv=False, use_post_quant_conv=False, shift_factor=0., scaling_factor=1., force_upcast=False)
+        return AutoencoderKL(
+            block_out_channels=channels, layers_per_block=1, latent_channels=4, norm_num_groups=8,
+            down_block_types=("DownEncoderBlock2D",) * n, up_block_types=("UpDecoderBlock2D",) * n,
+            use_quant_conv=False, use_post_quant_conv=False, shift_factor=0., scaling_factor=1., force_upcast=False)
 
 def autoencoder_loss(vae, x, g, weight=1e-4):
-    "Mean absolute error of pictures x [B, 3, H, W] that went through the latents, and `weight` times how far the latents are from a standard normal (in nats a number)."
+    """Mean absolute error of pictures x [B, 3, H, W] that went through the latents, plus weight times their KL.
+
+    The KL says how far the latents are from a standard normal, in nats a number (Kingma and Welling 2014)."""
     q = vae.encode(x).latent_dist
     z = q.mean + q.std * torch.randn(q.mean.shape, generator=g).to(x.device)
     kl = (q.mean.square() + q.var - 1 - q.logvar).mean() / 2
@@ -70,8 +87,9 @@ def autoencoder_loss(vae, x, g, weight=1e-4):
 # %% ../nbs/workshop/train_text.ipynb #65840070
 @torch.no_grad()
 def encode_images(vae, images):
-    "Latents of pictures (uint8 [N, 3, H, W]) as the transformer sees them: float [N, 4, h, w], shifted and scaled by the config of the autoencoder."
-    z = torch.cat([vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu() for x in images.split(100)])
+    "Latents [N, 4, h, w] of pictures (uint8 [N, 3, H, W]), shifted and scaled by the config of the autoencoder."
+    def mean(x): return vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu()
+    z = torch.cat([mean(x) for x in images.split(100)])
     return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 def normalise(vae, images):
@@ -81,9 +99,11 @@ def normalise(vae, images):
     vae.register_to_config(shift_factor=mean.item(), scaling_factor=1 / std.item())
 
 def train_autoencoder(images, out, cfg=TrainConfig(minutes=20, batch=8, lr=2e-3, channels=(16, 24, 32))):
-    "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, its checkpoints in `out`; returns it, normalised."
+    "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, checkpoints in `out`; returned normalised."
     vae = new_autoencoder(cfg.channels, cfg.seed).to(own_device())
-    def loss(g, n): return autoencoder_loss(vae, images[torch.randint(len(images), (n,), generator=g)].to(vae.device).float() / 127.5 - 1, g)
+    def loss(g, n):
+        x = images[torch.randint(len(images), (n,), generator=g)]
+        return autoencoder_loss(vae, x.to(vae.device).float() / 127.5 - 1, g)
     fit(vae, loss, out, cfg, {"size": images.shape[-1]})
     normalise(vae.eval(), images[:4000])
     return vae.requires_grad_(False)
@@ -107,26 +127,40 @@ class TextConfig:
 
     def __post_init__(self):
         for name in ("dropout", "padded"):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
-        if self.shift <= 0: raise ValueError(f"shift is {self.shift}; give a number above 0: 1 for none, 3 as Stable Diffusion 3 has it")
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
+        if self.shift <= 0:
+            raise ValueError(f"shift is {self.shift}; give a number above 0: 1 for none, 3 as Stable Diffusion 3 has it")
 
 # %% ../nbs/workshop/train_text.ipynb #1c5ff378
 def new_pipeline(vae, captions, size=64, cfg=TextConfig()):
-    "A Stable Diffusion 3 pipeline with fresh small parts: two text encoders, a transformer over patches of 2 x 2 latents, no T5."
-    patch = 2 * (factor := 2 ** (len(vae.config.block_out_channels) - 1))
-    if size % patch: raise ValueError(f"pictures of {size} pixels do not split into patches of {patch}; give pictures of {size // patch * patch or patch} or {(size // patch + 1) * patch}")
+    """A Stable Diffusion 3 pipeline with fresh small parts: two text encoders, a transformer over patches of 2 x 2
+    latents, no T5. ValueError for a size [pixels] that does not split into patches."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    if size % (patch := 2 * factor):
+        less, more = size // patch * patch or patch, (size // patch + 1) * patch
+        raise ValueError(f"pictures of {size} pixels do not split into patches of {patch}; "
+                         f"give pictures of {less} or {more}")
     tokenizer, side, width = new_tokenizer(captions), size // factor, 32 * cfg.heads
-    text = CLIPTextConfig(vocab_size=len(tokenizer), hidden_size=cfg.words, intermediate_size=2 * cfg.words, projection_dim=cfg.words, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=tokenizer.model_max_length, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=cfg.words, intermediate_size=2 * cfg.words, projection_dim=cfg.words,
+        num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     with torch.random.fork_rng():
         torch.manual_seed(cfg.seed)
         encoders = [CLIPTextModelWithProjection(copy.deepcopy(text)) for _ in range(2)]
-        transformer = SD3Transformer2DModel(sample_size=side, patch_size=2, in_channels=4, out_channels=4, num_layers=cfg.layers, attention_head_dim=32, num_attention_heads=cfg.heads,
-            joint_attention_dim=2 * cfg.words, caption_projection_dim=width, pooled_projection_dim=2 * cfg.words, pos_embed_max_size=side // 2, qk_norm="rms_norm")
-    return StableDiffusion3Pipeline(transformer, FlowMatchEulerDiscreteScheduler(shift=cfg.shift), vae, encoders[0], tokenizer, encoders[1], copy.deepcopy(tokenizer), None, None)
+        transformer = SD3Transformer2DModel(
+            sample_size=side, patch_size=2, in_channels=4, out_channels=4, num_layers=cfg.layers,
+            attention_head_dim=32, num_attention_heads=cfg.heads, joint_attention_dim=2 * cfg.words,
+            caption_projection_dim=width, pooled_projection_dim=2 * cfg.words, pos_embed_max_size=side // 2,
+            qk_norm="rms_norm")
+    scheduler, again = FlowMatchEulerDiscreteScheduler(shift=cfg.shift), copy.deepcopy(tokenizer)
+    return StableDiffusion3Pipeline(transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], again, None, None)
 
 def encode_text(pipe, ids, empty=0):
-    "What `pipe.encode_prompt` makes of tokens [B, L], with gradients: (a vector for each token and `empty` zeros in the place of T5's [B, L + empty, D], one for the whole [B, P])."
+    """What `pipe.encode_prompt` makes of tokens [B, L], with gradients: a vector for each token, one for the whole.
+
+    [B, L + empty, D], where `empty` zeros stand in the place of T5's tokens, and [B, P]."""
     out = [encoder(ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
     tokens = torch.cat([o.hidden_states[-2] for o in out], -1)
     tokens = F.pad(tokens, (0, pipe.transformer.config.joint_attention_dim - tokens.shape[-1], 0, empty))
@@ -134,13 +168,17 @@ def encode_text(pipe, ids, empty=0):
 
 # %% ../nbs/workshop/train_text.ipynb #4a0e0ff1
 def flow_times(n, shift, g):
-    "n noise levels s in (0, 1): a normal number through the logistic curve, then shifted; one from each of n equal parts of the normal distribution."
+    """n noise levels s in (0, 1): a normal number through the logistic curve, then shifted (Esser et al. 2024).
+
+    One from each of n equal parts of the normal distribution, drawn with the generator g."""
     u = ((torch.arange(n) + torch.rand(n, generator=g, dtype=torch.float64)) / n).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid(torch.special.ndtri(u)).float()
     return shift * s / (1 + (shift - 1) * s)
 
 def flow_loss(pipe, x0, ids, g, shift=3., empty=0):
-    "Mean squared error of the velocity eps - x0 that the transformer sees in x_s = (1 - s) x0 + s eps, for latents x0 [B, 4, h, w] and tokens ids [B, L]."
+    """Mean squared error of the velocity eps - x0 that the transformer sees in x_s = (1 - s) x0 + s eps.
+
+    x0: latents [B, 4, h, w]. ids: tokens [B, L]. empty: as in `encode_text`."""
     s = flow_times(len(x0), shift, g).to(x0.device)
     eps = torch.randn(x0.shape, generator=g).to(x0.device)
     x_s = torch.lerp(x0, eps, s.view(-1, 1, 1, 1))
@@ -151,28 +189,35 @@ def flow_loss(pipe, x0, ids, g, shift=3., empty=0):
 # %% ../nbs/workshop/train_text.ipynb #df8ca021
 def save_pipeline(pipe, folder):
     "Write a pipeline as a folder that stock diffusers opens, its weights as float16, no path of this machine in it."
-    half = {k: copy.deepcopy(m).to("cpu", torch.float16) if isinstance(m, nn.Module) else m for k, m in pipe.components.items()}
-    StableDiffusion3Pipeline(**half).save_pretrained(folder)
+    def half(m): return copy.deepcopy(m).to("cpu", torch.float16) if isinstance(m, nn.Module) else m
+    StableDiffusion3Pipeline(**{k: half(m) for k, m in pipe.components.items()}).save_pretrained(folder)
     for file in Path(folder).rglob("*config.json"):
-        facts = {k: v for k, v in json.loads(file.read_text(encoding="utf-8")).items() if k != "_name_or_path"}
-        if "dtype" in facts: facts["dtype"] = "float32"   # what transformers loads unless told otherwise; diffusers loads the other parts so
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        facts.pop("_name_or_path", None)
+        # what transformers loads unless told otherwise; diffusers loads the other parts so
+        if "dtype" in facts: facts["dtype"] = "float32"
         file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
-    """Train text encoders and transformer on pictures (uint8 [N, 3, S, S]), one caption each, in the latents of vae; checkpoints in `out`, the pipeline in out/pipeline.
+    """Train text encoders and transformer on pictures (uint8 [N, 3, S, S]), one caption each, in the latents of vae.
 
-    Goes on where a stopped run was, as `fit` does."""
-    if len(images) != len(captions): raise ValueError(f"there are {len(images)} pictures and {len(captions)} captions; give one caption a picture")
+    Checkpoints are in `out`, the pipeline in out/pipeline. Goes on where a stopped run was, as `fit` does.
+    ValueError unless there is a caption for each picture."""
+    if len(images) != len(captions):
+        raise ValueError(f"there are {len(images)} pictures and {len(captions)} captions; give one caption a picture")
     pipe = new_pipeline(vae, captions, images.shape[-1], cfg)
     pipe.to(device := own_device())
-    latents, ids, nothing = encode_images(vae, images), token_ids(pipe.tokenizer, captions), token_ids(pipe.tokenizer, [""])
+    latents, ids = encode_images(vae, images), token_ids(pipe.tokenizer, captions)
+    nothing = token_ids(pipe.tokenizer, [""])
     def loss(g, n):
         empty = 256 if torch.rand(1, generator=g) < cfg.padded else 0
         if empty: n = max(1, n // 4)   # about as much work as in the other steps
         k, drop = torch.randint(len(latents), (n,), generator=g), torch.rand(n, 1, generator=g) < cfg.dropout
-        return flow_loss(pipe, latents[k].to(device), torch.where(drop, nothing, ids[k]).to(device), g, cfg.shift, empty)
+        told = torch.where(drop, nothing, ids[k])
+        return flow_loss(pipe, latents[k].to(device), told.to(device), g, cfg.shift, empty)
     nets = nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")})
-    fit(nets, loss, out, cfg, {"size": images.shape[-1], "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()})
+    about = {"size": images.shape[-1], "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    fit(nets, loss, out, cfg, about)
     nets.eval()
     if processes()[0] == 0: save_pipeline(pipe, Path(out) / "pipeline")
     return pipe

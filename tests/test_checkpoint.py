@@ -1,0 +1,234 @@
+"Stopped, killed, and gone on: to the last bit, and only with what the run was about."
+import errno
+import os
+import random
+import signal
+import sys
+import time
+from dataclasses import fields, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from test_unlearn import (FORMS, TINY, Stop, apart, child, forms, nan_at, refused, run, same, setting, state_of,
+                          stopping_at, straight, tiny)
+from unlearn_nb.states import generate
+from unlearn_nb.unlearn import Config, unlearn
+
+LONG = replace(TINY, steps=12)
+QUICK = replace(TINY, damping=0.)
+
+
+def step_of(file):
+    with safe_open(file, "pt") as f: return int(f.metadata()["step"])
+
+
+# --- stopped, and gone on ---
+
+@pytest.mark.parametrize("form, rule", [
+    ("free directions", "symmetric"), ("full", "subspace"),
+    pytest.param("lora", "symmetric", marks=pytest.mark.slow), pytest.param("full", "vaccine", marks=pytest.mark.slow),
+    pytest.param("free directions", "subspace", marks=pytest.mark.slow)])
+def test_gone_on_bit_for_bit(tmp_path, form, rule):
+    file, cfg, model = tmp_path / "run.safetensors", replace(LONG, surgery=rule, **FORMS[form]), setting()[0]
+    before = state_of(model)
+    with pytest.raises(Stop): run(replace(cfg, surgery=stopping_at(11, rule)), checkpoint=file)
+    assert step_of(file) == 10 and state_of(model) == before and len(list(tmp_path.iterdir())) == 1
+    resumed, again = run(cfg, checkpoint=file), run(cfg, checkpoint=file)   # and one that has nothing left to do
+    for other in (resumed, again):
+        assert same(straight(cfg).delta, other.delta) and straight(cfg).card["log"] == other.card["log"]
+    assert step_of(file) == 12 and state_of(model) == before
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_other_threads(tmp_path, one_thread):
+    "What must stay is then computed anew, and rounded otherwise."
+    file, whole = tmp_path / "run.safetensors", straight(LONG)
+    with pytest.raises(Stop): run(replace(LONG, surgery=stopping_at(11)), checkpoint=file)
+    torch.set_num_threads(2)
+    resumed = run(LONG, checkpoint=file)
+    assert step_of(file) == LONG.steps and apart(whole.delta, resumed.delta)[0] < 1e-3
+
+
+def test_numbers_that_are_none(tmp_path):
+    "A run that stops at one keeps the steps before it, if there are any, and says so."
+    cfg = replace(LONG, damping=0.)
+    def stopped(call):
+        failing, file = replace(cfg, weight=nan_at(call)), tmp_path / f"{call}.safetensors"
+        act = lambda: run(failing, checkpoint=file)
+        return refused(act, f"step {call - 1}", error=FloatingPointError), file
+    assert "kept" not in stopped(1)[0] and not list(tmp_path.iterdir())
+    for call in (5, 12):
+        message, file = stopped(call)
+        assert all(words in message for words in ("steps before it are kept", "another checkpoint", str(file)))
+        assert step_of(file) == call - 1
+    resumed = run(cfg, checkpoint=file)
+    assert same(straight(cfg).delta, resumed.delta) and straight(cfg).card["log"] == resumed.card["log"]
+
+
+# --- refused ---
+
+OTHER = dict(
+    steps=4, forget_batch=5, retain_batch=5, lr=2e-3, clip=2., t_max=300, sampling="uniform", path_share=.75,
+    mix_share=.25, retain_images=4, near_images=1, pool=5, sampling_steps=5, weight="unit_eps",
+    retain_weight="unit_x0", surgery="plain", damping=.5, rank=1, micro_batch=5, precision="bf16",
+    gradient_checkpointing=True, seed=1)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    file = tmp_path_factory.mktemp("finished") / "run.safetensors"
+    run(QUICK, checkpoint=file)
+    return file
+
+
+def test_a_run_with_another_setting_is_refused(finished):
+    data, before = finished.read_bytes(), state_of(setting()[0])
+    assert OTHER.keys() == {f.name for f in fields(Config)}
+    for name, value in OTHER.items():
+        refused(lambda: run(replace(QUICK, **{name: value}), checkpoint=finished), repr(name), finished)
+    assert finished.read_bytes() == data and state_of(setting()[0]) == before
+
+
+def test_a_run_about_something_else_is_refused(finished):
+    model, request, retain = setting()
+    data, more = finished.read_bytes(), generate(setting()[0], [1], 4)
+    def refuses(word, model=model, requests=(request,), retain=retain, **kw):
+        act = lambda: unlearn(model, list(requests), retain, QUICK, checkpoint=finished, **kw)
+        refused(act, word, finished)
+    refuses("'weights of the model'", model=tiny(seed=1))
+    for change in (dict(seed=6), dict(image=request.surrogate), dict(surrogate=request.image)):
+        refuses("'requests'", requests=[replace(request, **change)])
+    refuses("'requests'", requests=[request, request])
+    for other in (more, replace(retain, goal=retain.goal + .01), replace(retain, timesteps=retain.timesteps - 1),
+                  [(1, retain), (1, more)]):
+        refuses("'what must stay'", retain=other)
+    refuses("'earlier requests'", earlier=[request])
+    assert finished.read_bytes() == data and same(run(QUICK, checkpoint=finished).delta, straight(QUICK).delta)
+
+
+def test_a_run_with_other_shares_is_refused(tmp_path):
+    model, request, retain = setting()
+    more = generate(model, [1], 4)
+    def go(share):
+        mix = [(1, [(1, retain), (share, more)]), (1, more)]
+        return unlearn(model, [request], mix, QUICK, checkpoint=tmp_path / "run.safetensors")
+    go(1)
+    refused(lambda: go(3), "'what must stay'")
+
+
+def test_what_is_no_checkpoint_is_refused(finished, tmp_path):
+    "Files that are cut, foreign, or no file at all: in one sentence, and left as they are."
+    data, before = finished.read_bytes(), state_of(setting()[0])
+    files = {f"cut{size}": data[:size] for size in (0, 7, 8, 300, len(data) // 2, -1)} | {"text": b"dear diary"}
+    for name, content in files.items(): (tmp_path / name).write_bytes(content)
+    for k, metadata in enumerate((None, {"x": "1"}, {"identity": "{}", "step": "3", "log": "[]"},
+                                  {"identity": "[]", "step": "3", "log": "[]"})):
+        save_file({"a": torch.zeros(3)}, tmp_path / f"foreign{k}", metadata)
+        files[f"foreign{k}"] = (tmp_path / f"foreign{k}").read_bytes()
+    for name, content in files.items():
+        refused(lambda: run(QUICK, checkpoint=tmp_path / name), tmp_path / name)
+        assert (tmp_path / name).read_bytes() == content
+    refused(lambda: run(QUICK, checkpoint=tmp_path), tmp_path)
+    refused(lambda: run(QUICK, checkpoint=tmp_path / "nowhere" / "x"), "folder that does not exist")
+    assert state_of(setting()[0]) == before
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, monkeypatch):
+    cfg, before = replace(LONG, damping=0.), state_of(setting()[0])
+    for where in ("fsync", "replace"):
+        folder, calls, real = tmp_path / where, [], getattr(os, where)
+        folder.mkdir()
+        file = folder / "run.safetensors"
+        def full(*args):
+            calls.append(1)
+            if len(calls) == 2: raise OSError(errno.ENOSPC, "No space left on device")
+            return real(*args)
+        with monkeypatch.context() as m:
+            m.setattr(f"unlearn_nb.files.os.{where}", full)
+            with pytest.raises(OSError) as e: run(cfg, checkpoint=file)
+        assert e.value.errno == errno.ENOSPC and repr(str(file)) in str(e.value) and "as it was" in str(e.value)
+        assert state_of(setting()[0]) == before and step_of(file) == 10
+        assert [p.name for p in folder.iterdir()] == ["run.safetensors"]
+        assert same(run(cfg, checkpoint=file).delta, straight(cfg).delta)
+
+
+# --- killed, and gone on ---
+
+def die(*_): os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Kill(Stop):
+    "No exception, but the end."
+    __init__ = die
+
+
+def forked(act):
+    "The process id of a fork that does this, and nothing else."
+    if pid := os.fork(): return pid
+    try: act()
+    finally: os._exit(1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_once(tmp_path, one_thread):
+    "kill -9 in the twelfth step, two after the last save: the run that goes on gives the same bits."
+    file, cfg = tmp_path / "run.safetensors", replace(LONG, damping=0.)
+    whole = straight(cfg)
+    pid = forked(lambda: run(replace(cfg, surgery=stopping_at(11, how=Kill)), checkpoint=file))
+    assert os.waitpid(pid, 0)[1] == signal.SIGKILL and step_of(file) == 10
+    resumed = run(cfg, checkpoint=file)
+    assert same(whole.delta, resumed.delta) and whole.card["log"] == resumed.card["log"]
+
+
+def killed_in(how, cfg, file, rng):
+    "A run that kills itself in some step, or in its second save: with part of the new file written, or all of it."
+    if how == "step": cfg = replace(cfg, surgery=stopping_at(rng.randint(1, 14), how=Kill))
+    if how in ("fsync", "replace"):
+        real, calls = getattr(os, how), []
+        def second(*args):
+            calls.append(1)
+            if len(calls) < 2: return real(*args)
+            if how == "fsync": os.ftruncate(args[0], rng.randint(0, os.fstat(args[0]).st_size))
+            die()
+        setattr(os, how, second)
+    run(cfg, checkpoint=file)
+
+
+def killed_runs(folder, kills, form, seed):
+    """Fork a run, kill it, go on from what is on the disk, so many times; print how each ended.
+
+    At last print whether the result is that of a run that nobody stopped."""
+    torch.set_num_threads(1)
+    kills, file = int(kills), Path(folder) / "run.safetensors"
+    cfg, steps = replace(TINY, steps=20 + 12 * kills, **FORMS[form]), [0]
+    def inode(): return file.stat().st_ino if file.exists() else None
+    for k in range(kills):
+        how, was, rng = ("fsync", "step", "time", "replace")[k % 4], inode(), random.Random(f"{seed} {k}")
+        pid = forked(lambda: killed_in(how, cfg, file, rng))
+        if how == "time":   # from outside, soon after a save
+            def running(): return not os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            while inode() == was and running(): time.sleep(.005)
+            time.sleep(rng.uniform(0, .2))
+            os.kill(pid, signal.SIGKILL)
+        ended = os.waitpid(pid, 0)[1]
+        steps.append(step_of(file) if file.exists() else 0)
+        print(how, "killed" if ended == signal.SIGKILL else f"ended {ended}", steps[-1])
+    resumed, alone = run(cfg, checkpoint=file), [p.name for p in Path(folder).iterdir()] == ["run.safetensors"]
+    whole = steps == sorted(steps) and 0 < steps[-1] < cfg.steps and alone
+    equal = same(straight(cfg).delta, resumed.delta) and straight(cfg).card["log"] == resumed.card["log"]
+    print("result", "same" if whole and equal else "OTHER")
+
+
+@pytest.mark.slow
+@forms
+def test_killed_twenty_times(tmp_path, form):
+    name = next(k for k in FORMS if FORMS[k] == form)
+    *rows, last = child(__file__, "killed_runs", tmp_path, 20, name, 1).splitlines()
+    assert last == "result same" and len(rows) == 20 and all(" killed " in row for row in rows), (rows, last)
+
+
+if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])

@@ -1,0 +1,326 @@
+"States: the path is the sampler's own, a batch is what was asked for, and forget states lead to the surrogate."
+from copy import deepcopy
+from dataclasses import replace
+from functools import lru_cache
+from itertools import count, product
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, UNet2DModel
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from torch import nn
+from torch.testing import assert_close
+
+from unlearn_nb import states
+from unlearn_nb.denoiser import Denoiser
+from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate, nearest,
+                               noised, noised_states, own_paths, still_forgotten)
+
+CLOSE = dict(atol=1e-5, rtol=1e-5)
+PREDICTIONS = ('epsilon', 'v_prediction', 'sample')
+SMALL = dict(n=3, near=0, pool=6, steps=4)   # of `default_retain`
+
+
+@lru_cache
+def tiny_net(seed=0):
+    "An untrained net whose output depends on its input and on the timestep."
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return UNet2DModel(sample_size=8, layers_per_block=1, block_out_channels=(8, 16), norm_num_groups=4,
+                           down_block_types=('DownBlock2D',) * 2, up_block_types=('UpBlock2D',) * 2).eval()
+
+
+def tiny(prediction='v_prediction', seed=0, **config):
+    return Denoiser(tiny_net(seed), DDPMScheduler(prediction_type=prediction, **config))
+
+
+def gen(seed=0): return torch.Generator().manual_seed(seed)
+
+
+def request_of(model, seed=5):
+    forget, surrogate = model.decode(model.sample([seed, seed + 1], 4))
+    return Request(forget, surrogate, seed)
+
+
+def greys(*values): return torch.tensor(values).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+
+
+def refused(act, *words):
+    "It is refused in one sentence that has the words in it."
+    with pytest.raises(ValueError) as e: act()
+    message = str(e.value)
+    assert type(e.value) is ValueError and '\n' not in message and all(str(w) in message for w in words), message
+
+
+# --- the model's own paths ---
+
+def test_a_path_is_the_samplers_and_its_goals_are_the_models_answers():
+    for prediction, clip in product(PREDICTIONS, (True, False)):
+        d, seeds = tiny(prediction, clip_sample=clip), [3, 0, 77]
+        p = generate(d, seeds, steps=6)
+        assert torch.equal(p.x0, d.sample(seeds, steps=6)) and not p.x0.requires_grad
+        assert_close(p.x_t[:, 0], torch.stack([torch.randn(d.shape, generator=gen(s)) for s in seeds]))
+        *visited, (_, x0) = d.path(p.x_t[:, 0], d.T - 1, 6, None)
+        assert torch.equal(p.x0, x0) and p.timesteps.tolist() == [t for t, _ in visited]
+        for k, (t, x_t) in enumerate(visited):
+            assert torch.equal(p.x_t[:, k], x_t) and torch.equal(p.goal[:, k], d.predict(x_t, t))
+        for other, steps in (([4], 6), ([3], 7)):
+            assert (generate(d, other, steps=steps).x0 - p.x0[:1]).abs().max() > 1e-3
+
+
+@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=5), st.integers(1, 4))
+@settings(max_examples=8)
+def test_a_row_depends_on_its_own_seed_alone(seeds, batch):
+    d = tiny()
+    p = generate(d, seeds, steps=3, batch=batch)
+    for k, seed in enumerate(seeds):
+        one = generate(d, [seed], steps=3)
+        for field in ('x_t', 'goal', 'x0'): assert_close(getattr(p, field)[k:k + 1], getattr(one, field), **CLOSE)
+
+
+def test_seeds_may_be_a_range_and_bad_input_is_refused():
+    d, x0 = tiny(), torch.zeros(1, 3, 8, 8)
+    assert torch.equal(generate(d, range(2, 4), steps=2).x0, generate(d, [2, 3], steps=2).x0)
+    for bad in ([], [-1], [1.5]): refused(lambda: generate(d, bad, steps=2), 'seed')
+    for bad in ('surrogate', '', None): refused(lambda: noised(d, x0, goal=bad), repr(bad), 'belief', 'picture')
+
+
+def test_the_first_retain_gradient_is_nothing():
+    "At the base model's own weights its answers are the goals: no loss, no gradient; at other weights there are both."
+    for prediction in PREDICTIONS:
+        net = deepcopy(tiny_net())
+        d = Denoiser(net, DDPMScheduler(prediction_type=prediction))
+        x_t, t, goal = draw(generate(d, range(4), steps=4), 16, gen())   # other batches than on the path
+
+        def loss_and_gradient():
+            error = (d(x_t, t) - d.target(x_t, goal, t)).square().mean()
+            gradients = torch.autograd.grad(error, list(net.parameters()), allow_unused=True)
+            return error.item(), torch.stack([g.norm() for g in gradients if g is not None]).norm().item()
+
+        loss, size = loss_and_gradient()
+        with torch.no_grad():
+            for q in net.parameters(): q.add_(torch.randn(q.shape, generator=gen(1)), alpha=.02)
+        loss_else, size_else = loss_and_gradient()
+        assert loss < 1e-8 and size < 1e-3 and loss_else > 1e4 * loss + 1e-6 and size_else > 100 * size + 1e-4
+
+
+# --- a batch of states ---
+
+def table(k, N=3, S=4):
+    "N pictures and S states whose every number says which table, picture and state it is of."
+    code = 100 * k + 10 * torch.arange(N)[:, None] + torch.arange(S)
+    code = code.float().view(N, S, 1, 1, 1).expand(N, S, 1, 2, 2)
+    return States(100 * k + torch.arange(S), code, code + .5, code[:, 0])
+
+
+def origin(batch):
+    "Which table each row is of; state, timestep and goal must be of one place."
+    x_t, t, goal = batch
+    code = x_t.flatten(1).long()
+    assert (code == code[:, :1]).all() and torch.equal(goal, x_t + .5)
+    assert torch.equal(t, code[:, 0] // 100 * 100 + code[:, 0] % 10)
+    return code[:, 0] // 100
+
+
+nested = st.deferred(lambda: st.lists(st.tuples(st.floats(.01, 10), st.none() | nested), min_size=1, max_size=4))
+
+
+def fill(parts, numbers):
+    "Tables in the places of None, each with the next of the numbers."
+    return [(share, table(next(numbers)) if part is None else fill(part, numbers)) for share, part in parts]
+
+
+def shares_of(parts, whole=1.):
+    "{number of the table: its share of the batch}."
+    out, total = {}, sum(share for share, _ in parts)
+    for share, part in parts:
+        if isinstance(part, States): out[int(part.timesteps[0]) // 100] = whole * share / total
+        else: out |= shares_of(part, whole * share / total)
+    return out
+
+
+def depth(parts): return 0 if isinstance(parts, States) else 1 + max(depth(part) for _, part in parts)
+
+
+@given(parts=nested, n=st.integers(1, 60), seed=st.integers(0, 2**40))
+@example(parts=[(.1, None), (.1, None), (.1, None)], n=1, seed=0)
+@example(parts=[(3, None), (1, [(1, None), (1, [(2, None)])])], n=8, seed=0)
+@settings(max_examples=60)
+def test_a_batch_has_the_shares_asked_for(parts, n, seed):
+    parts, state = fill(parts, count(1)), torch.get_rng_state()
+    where = origin(batch := draw(parts, n, gen(seed)))
+    assert len(where) == n
+    for k, share in shares_of(parts).items():   # one row of rounding a floor
+        assert abs((where == k).sum().item() - n * share) <= depth(parts) + 1e-6
+    again = draw(parts, n, gen(seed))
+    assert all(map(torch.equal, batch, again)) and torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_state_comes_and_every_seed_draws_others():
+    where = origin(draw([(3, table(1)), (1, [(1, table(2)), (1, table(3))])], 16, gen()))
+    assert where.bincount().tolist() == [0, 12, 2, 2]   # whole shares are met exactly
+    assert origin(draw([(0, table(1)), (1, table(2))], 5, gen())).tolist() == [2] * 5
+    x_t, _, _ = draw(table(0, 3, 4), 2000, gen())
+    counts = x_t[:, 0, 0, 0].long().bincount(minlength=24)
+    assert counts.nonzero().flatten().tolist() == [0, 1, 2, 3, 10, 11, 12, 13, 20, 21, 22, 23]
+    assert counts[counts > 0].float().div(2000 / 12).sub(1).abs().max() < .35   # 4.5 standard deviations
+    g = gen()
+    first, second = draw(table(0), 20, g)[0], draw(table(0), 20, g)[0]   # the generator moves on
+    assert not torch.equal(first, second) and not torch.equal(first, draw(table(0), 20, gen(1))[0])
+
+
+# --- pictures that are given ---
+
+def test_noised_timesteps_are_spread_below_t_max():
+    d = tiny()
+    for n, t_max in ((12, None), (1, None), (25, 500), (5, 5), (3, 1)):
+        p, top = noised(d, torch.zeros(2, 3, 8, 8), n, t_max), t_max or d.T
+        assert p.timesteps.shape == (n,) and p.x_t.shape == p.goal.shape == (2, n, 3, 8, 8)
+        assert 0 <= p.timesteps.min() and p.timesteps.max() < top
+        middles = (torch.arange(n) + .5) / n   # of n equal parts
+        assert ((p.timesteps + .5) / top - middles).abs().max() <= 1 / top + 1e-6
+
+
+def test_noised_states_of_pictures_are_the_pictures_under_fresh_noise():
+    for prediction in PREDICTIONS:
+        d, x0 = tiny(prediction), torch.rand(4, 3, 8, 8, generator=gen()) * 2 - 1
+        p, state = noised(d, x0, 9, goal='picture'), torch.get_rng_state()
+        assert torch.equal(p.goal, x0[:, None].expand_as(p.goal)) and torch.equal(p.x0, x0)
+        a, s = (v.view(1, 9, 1, 1, 1) for v in d.scales(p.timesteps))
+        eps = (p.x_t - a * x0[:, None]) / s   # standard normal, and fresh for every picture and timestep
+        assert abs(eps.mean()) < .05 and abs(eps.std() - 1) < .05
+        flat = nn.functional.normalize(eps.flatten(0, 1).flatten(1), dim=1)
+        assert (flat @ flat.T - torch.eye(36)).abs().max() < .4
+        belief = noised(d, x0, 9)
+        assert torch.equal(belief.x_t, p.x_t) and not belief.goal.requires_grad
+        for k, t in enumerate(p.timesteps): assert_close(belief.goal[:, k], d.predict(p.x_t[:, k], t), **CLOSE)
+        assert not torch.equal(noised(d, x0, 9, seed=8).x_t, p.x_t) and torch.equal(torch.get_rng_state(), state)
+
+
+@given(n=st.integers(1, 12), k=st.integers(0, 12), seed=st.integers(0, 10**6))
+@settings(max_examples=25)
+def test_nearest_are_the_nearest_in_order(n, k, seed):
+    x0, x_f = torch.randn(n, 3, 4, 4, generator=gen(seed)), torch.randn(1, 3, 4, 4, generator=gen(seed + 1))
+    found, distance = nearest(x0, x_f, k).tolist(), [(x - x_f[0]).norm().item() for x in x0]
+    assert found == sorted(range(n), key=distance.__getitem__)[:k]
+    assert nearest(x0, x0[n // 2:n // 2 + 1], 1).tolist() == [n // 2]
+
+
+# --- what must stay, by default ---
+
+def test_by_default_a_third_is_near_the_forget_image():
+    model = tiny()
+    request, how = request_of(model), SMALL | dict(near=2)
+    (two, every), (one, near) = default_retain(model, [request], **how)
+    assert (two, one) == (2, 1) and torch.equal(every.x0, model.sample(range(100_000, 100_003), 4))
+    pool = model.sample(range(200_000, 200_006), 4)
+    far = (pool - model.encode([request.image])).square().flatten(1).mean(1)
+    found = [(pool - x).abs().flatten(1).amax(1).argmin().item() for x in near.x0]
+    assert sorted(found) == sorted(far.argsort()[:2].tolist())
+    both = default_retain(model, [request, replace(request, image=request.surrogate, seed=None)], **how)[1][1]
+    assert 1 <= len(both.x0) <= 2
+
+
+def test_retain_states_are_kept_in_a_folder(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr(states, 'generate', lambda *args, **kw: calls.append(1) or generate(*args, **kw))
+
+    def kept(model=tiny(), **kw):
+        calls.clear()
+        (_, found), = default_retain(model, [], **SMALL | dict(cache=tmp_path / 'cache') | kw)
+        return found, len(calls)
+
+    def equal(a, b): return all(v is None or torch.equal(v, getattr(b, k)) for k, v in vars(a).items())
+    fresh, again = kept(), kept()
+    assert equal(fresh[0], again[0]) and (fresh[1], again[1]) == (1, 0)
+    assert [kept(tiny(seed=1))[1], kept(n=2)[1], kept(steps=3)[1]] == [1, 1, 1]   # each under its own name
+    files = list((tmp_path / 'cache').iterdir())
+    assert len(files) == 4
+    other = save({'timesteps': torch.zeros(1)})
+    for damage in (lambda data: data[:-1], lambda data: b'', lambda data: b'x' * 100, lambda data: other):
+        for file in files: file.write_bytes(damage(file.read_bytes()))
+        found, made = kept()
+        assert made == 1 and equal(found, fresh[0]) and kept()[1] == 0
+
+
+def test_what_was_forgotten_before_must_stay_so():
+    model = tiny()
+    requests = [request_of(model, 5), replace(request_of(model, 7), seed=None)]
+    (one, again), (other, own) = still_forgotten(model, requests, t_max=300, steps=4)
+    assert one == other == 1 and torch.equal(own.x0, model.sample([5], 4))
+    assert torch.equal(again.goal, noised(model, model.encode([r.image for r in requests]), 25, 300).goal)
+    assert len(still_forgotten(model, requests[1:])) == 1
+
+
+# --- what must be forgotten ---
+
+@given(n=st.integers(1, 40), t_max=st.integers(1, 1000), seed=st.integers(0, 2**40))
+@settings(max_examples=25)
+def test_noised_states_lead_from_each_image_to_its_own_surrogate(n, t_max, seed):
+    "Images of one grey each: without it noise is left, one timestep t_max u^1.5 for a u in each of n equal parts."
+    model, x_f, x_s = tiny(), greys(-.8, 0., .8), greys(.1, .2, .3)
+    x_t, t, goal = noised_states(model, x_f, x_s, n, gen(seed), t_max=t_max)
+    assert len(x_t) == n and (t >= 0).all() and (t < t_max).all()
+    low, high = (t_max * ((torch.arange(n) + k) / n)**1.5 for k in (0, 1))
+    assert (low - 1.01 < t).all() and (t < high + .01).all()
+    which = (goal[:, 0, 0, 0] * 10).round().long() - 1
+    assert torch.equal(goal, x_s[which])
+    a, s = model.scales(t)
+    eps = ((x_t - a * x_f[which]) / s).flatten(1)   # 192 numbers each: 5.5 and 5.9 standard deviations
+    assert (eps.mean(1).abs() < .4).all() and ((eps.std(1) - 1).abs() < .3).all()
+
+
+def test_the_largest_random_number_stays_below_t_max(monkeypatch):
+    x, model = torch.zeros(1, 3, 8, 8), tiny()
+    monkeypatch.setattr(torch, 'rand', lambda n, **kw: torch.full((n,), 1 - 2**-24))
+    for sampling in SAMPLING:
+        t = noised_states(model, x, x, 8, gen(), t_max=1000, sampling=sampling)[1]
+        assert t.max() < 1000
+
+
+def test_own_paths_lead_to_their_own_surrogates():
+    model = tiny()
+    requests = [request_of(model, s) for s in (7, 9)]
+    requests.insert(0, replace(requests[0], seed=None))
+    x_s = greys(.1, .2, .3)
+    own, path = own_paths(model, requests, x_s, 4), generate(model, [7, 9], 4)
+    assert torch.equal(own.x_t, path.x_t) and torch.equal(own.timesteps, path.timesteps)
+    for k in range(2): assert torch.equal(own.goal[k], x_s[k + 1].expand(4, 3, 8, 8))
+    assert own_paths(model, requests[:1], x_s[:1], 4) is None
+
+
+def test_share_of_the_own_path():
+    model = tiny()
+    request = request_of(model)
+    x_f, x_s = model.encode([request.image]), model.encode([request.surrogate])
+    own = own_paths(model, [request], x_s, 4)
+    for share, n in ((0., 0), (.375, 3), (1., 8)):
+        how = dict(path_share=share, mix_share=0.)
+        x_t, t, goal = forget_states(model, x_f, x_s, own, 8, gen(), **how)
+        assert sum(any(torch.equal(x, y) for y in own.x_t[0]) for x in x_t) == n and len(x_t) == len(t) == 8
+        assert torch.equal(goal, x_s.expand_as(goal))
+        assert forget_states(model, x_f, x_s, None, 8, gen(), **how)[0].shape == x_t.shape   # no seed: all are noised
+
+
+@lru_cache
+def two_of_one_grey():
+    "A model, two forget images, their surrogates of one grey each, and their own paths."
+    model, x_s = tiny(), greys(.1, .2)
+    return model, model.sample([7, 9], 4), x_s, own_paths(model, [request_of(model, s) for s in (7, 9)], x_s, 4)
+
+
+@given(share=st.sampled_from([0., .5, 1.]), path_share=st.sampled_from([0., .375, 1.]), seed=st.integers(0, 99))
+@settings(max_examples=20)
+def test_states_on_the_way_are_moved_in_the_clean_image(share, path_share, seed):
+    "With and without moving a draw differs by a u (x_s - x_f) of its own request, for that share of the states."
+    model, x_f, x_s, own = two_of_one_grey()
+    still, moved = (forget_states(model, x_f, x_s, own, 64, gen(seed), path_share=path_share, mix_share=v)
+                    for v in (0., share))
+    assert torch.equal(still[1], moved[1]) and torch.equal(still[2], moved[2])
+    which = (moved[2][:, 0, 0, 0] * 10).round().long() - 1
+    step = model.scales(moved[1])[0] * (x_s - x_f)[which]
+    u = ((moved[0] - still[0]) * step).sum((1, 2, 3)) / step.square().sum((1, 2, 3))
+    assert_close(moved[0] - still[0], u.view(-1, 1, 1, 1) * step, atol=1e-5, rtol=1e-4)
+    assert (u > -1e-4).all() and (u < 1 + 1e-4).all() and abs((u.abs() > 1e-6).float().mean() - share) < .3
