@@ -140,8 +140,10 @@ another scene. There is no photograph among them and no real person in them.
 
 ## Training
 
-    torchrun --nproc-per-node {training['processes']} --no-python \\
-        unlearn_nb train --data faces --size {net['sample_size']} --minutes {training['minutes']:.0f} --out my_faces
+In {training['processes']} processes (`torchrun --nproc-per-node {training['processes']}`):
+
+    pictures = world_images({int(training['data'].split()[-1]) + 1:_}, {net['sample_size']})
+    train(pictures, "my_faces", TrainConfig(minutes={training['minutes']:.0f}))
 
 {table({
     'steps': f"{training['steps']:,} of {training['batch']} pictures",

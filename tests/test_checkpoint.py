@@ -180,8 +180,10 @@ def test_killed_once(tmp_path, one_thread):
     whole = straight(cfg)
     pid = forked(lambda: run(replace(cfg, surgery=stopping_at(11, how=Kill)), checkpoint=file))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL and step_of(file) == 10
+    (tmp_path / ".run.safetensors.77.part").write_bytes(b"half a file")   # of a run that was killed while it wrote
     resumed = run(cfg, checkpoint=file)
     assert same(whole.delta, resumed.delta) and whole.card["log"] == resumed.card["log"]
+    assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
 def killed_in(how, cfg, file, rng):

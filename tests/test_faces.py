@@ -1,4 +1,4 @@
-"Drawn faces: who it is and how the picture was taken stay apart, masks are exact, and the descriptor sees the person only."
+"Drawn faces: who it is and how it was taken stay apart, masks are exact, the descriptor sees the person only."
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 from functools import lru_cache
 
@@ -18,8 +18,11 @@ TRAITS = [f.name for f in fields(Identity)]
 PARTS = ('face', 'hair', 'eyes', 'mouth', 'brows', 'nose', 'beard', 'glasses', 'body')
 UNSEEN = 20_000_000   # no model of ours was trained on seeds from here on
 # Where a trait may change the picture: these parts, before or after.
-TOUCHES = dict(eye_colour='eyes', nose='nose', mouth_width='mouth', lips='mouth', beard='beard', glasses='glasses', hair_style='hair', brow_thickness='brows', brow_angle='brows',
-    mole='face', freckles='face', ears='face', jaw='face beard', hair_colour='hair brows beard', eye_size='eyes brows glasses', eye_distance='eyes brows glasses', eye_height='eyes brows glasses')
+TOUCHES = {
+    **dict(eye_colour='eyes', nose='nose', mouth_width='mouth', lips='mouth', beard='beard', glasses='glasses'),
+    **dict(hair_style='hair', brow_thickness='brows', brow_angle='brows', mole='face', freckles='face', ears='face'),
+    **dict(jaw='face beard', hair_colour='hair brows beard'),
+    **dict.fromkeys(('eye_size', 'eye_distance', 'eye_height'), 'eyes brows glasses')}
 seeds = st.integers(0, 2**31)
 
 
@@ -61,7 +64,8 @@ def test_sampling_leaves_the_global_generators_alone():
 
 def test_sampled_traits_are_independent_and_all_kinds_occur():
     people = [sample_identity(k) for k in range(2000)]
-    for trait, kinds in (('hair_style', HAIR), ('beard', BEARD), ('glasses', GLASSES)): assert {getattr(p, trait) for p in people} == set(kinds)
+    for trait, kinds in (('hair_style', HAIR), ('beard', BEARD), ('glasses', GLASSES)):
+        assert {getattr(p, trait) for p in people} == set(kinds)
     number = {'hair_style': HAIR.index, 'beard': BEARD.index, 'glasses': GLASSES.index}
     table = np.array([[number.get(t, float)(getattr(p, t)) for t in TRAITS] for p in people])
     off = np.corrcoef(table.T) - np.eye(len(TRAITS))
@@ -70,13 +74,15 @@ def test_sampled_traits_are_independent_and_all_kinds_occur():
 
 # --- pictures ---
 
-@pytest.mark.parametrize('size', [32, 64, 256, 37])
-def test_draw_any_size_again_and_again(size):
+def test_draw_any_size_again_and_again():
     i, s = sample_identity(5), sample_scene(6)
-    one, two = draw(i, s, size), draw(i, s, size)
-    assert one.size == (size, size) and one.mode == 'RGB' and one.tobytes() == two.tobytes()
-    assert mask(i, s, size).size == (size, size) and mask(i, s, size).mode == 'L'
-    assert one.tobytes() != draw(sample_identity(6), s, size).tobytes() and one.tobytes() != draw(i, sample_scene(5), size).tobytes()
+    for size in (32, 64, 256, 37):
+        one, other = draw(i, s, size), draw(sample_identity(6), s, size)
+        assert one.size == (size, size) and one.mode == 'RGB' and one.tobytes() == draw(i, s, size).tobytes()
+        assert one.tobytes() not in (other.tobytes(), draw(i, sample_scene(5), size).tobytes())
+        assert mask(i, s, size).size == (size, size) and mask(i, s, size).mode == 'L'
+    with pytest.raises(ValueError, match='no part'): mask(i, s, part='hat')
+    with pytest.raises(ValueError, match='not one of'): Identity(beard='long')
 
 
 def test_small_and_large_pictures_show_the_same():
@@ -87,34 +93,29 @@ def test_small_and_large_pictures_show_the_same():
         assert abs(small - large).mean() < 6 and abs(small - large).mean() < .5*abs(other - large).mean()
 
 
-@pytest.mark.parametrize('trait', TRAITS)
-def test_every_trait_shows(trait):
-    "And nothing but that trait is varied."
-    seen = False
-    for k in range(8):
-        i, s = sample_identity(k), sample_scene(k)
-        other = vary(i, trait)
-        assert [t for t in TRAITS if getattr(i, t) != getattr(other, t)] == [trait]
-        seen = seen or changed(i, other, s).any()
-    assert seen
+def test_a_trait_shows_and_changes_its_own_part_only():
+    "`vary` varies nothing but that trait; parts that have nothing to do with it stay, pixel for pixel."
+    for trait in TRAITS:
+        seen = False
+        for k in range(6):
+            i, s = sample_identity(k), sample_scene(k)
+            other = vary(i, trait)
+            assert [t for t in TRAITS if getattr(i, t) != getattr(other, t)] == [trait]
+            different = changed(i, other, s)
+            seen = seen or different.any()
+            if trait not in TOUCHES or k > 1: continue
+            where = sum(covers(who, s, part) for who in (i, other) for part in TOUCHES[trait].split())
+            assert not (different & (where == 0)).any(), trait
+            assert (where == 0).mean() > .2, trait   # the parts are not the whole picture
+        assert seen, trait
 
 
-@pytest.mark.parametrize('trait', TOUCHES)
-def test_a_trait_changes_its_own_part_only(trait):
-    for k in range(2):
-        i, s = sample_identity(k), sample_scene(k)
-        other = vary(i, trait)
-        where = sum(covers(who, s, part) for who in (i, other) for part in TOUCHES[trait].split())
-        assert not (changed(i, other, s) & (where == 0)).any()
-    assert (where == 0).mean() > .2   # the parts are not the whole picture
-
-
-@pytest.mark.parametrize('field', [f.name for f in fields(Scene)])
-def test_every_scene_field_shows(field):
+def test_every_scene_field_shows():
     i, s = sample_identity(1), replace(sample_scene(1), mouth_open=0.)
-    far = {'background': .9*(s.background < .5), 'shade': .2 if s.shade > .5 else .8, 'shirt': .9*(s.shirt < .5), 'scale': .92 if s.scale > 1 else 1.06,
-        'brightness': .85 if s.brightness > 1 else 1.08, 'mouth_open': 1., 'tilt': -s.tilt}.get(field, -getattr(s, field))
-    assert (pixels(i, s) != pixels(i, replace(s, **{field: far}))).any()
+    far = {'background': .9*(s.background < .5), 'shade': .2 if s.shade > .5 else .8, 'shirt': .9*(s.shirt < .5),
+           'scale': .92 if s.scale > 1 else 1.06, 'brightness': .85 if s.brightness > 1 else 1.08, 'mouth_open': 1.}
+    for field in (f.name for f in fields(Scene)):
+        assert (pixels(i, s) != pixels(i, replace(s, **{field: far.get(field, -getattr(s, field))}))).any(), field
 
 
 # --- masks ---
@@ -127,9 +128,10 @@ def test_masks_share_the_picture_out(person, scene, size):
     m = np.stack([covers(i, s, p, size) for p in PARTS])
     assert m.min() >= 0 and m.max() == 255 and m.sum(0).max() <= 255 + len(PARTS)/2
     for part in ('face', 'eyes', 'mouth'): assert covers(i, s, part, size).any(), part
-    assert covers(i, s, 'beard', size).any() <= (i.beard != 'none') and covers(i, s, 'glasses', size).any() == (i.glasses != 'none')
-    wall = m.sum(0) == 0
-    assert .05 < wall.mean() < .7 and (pixels(i, s, size) == pixels(replace(i, skin=1 - i.skin, hair_colour=1 - i.hair_colour), s, size)).all(-1)[wall].all()
+    assert covers(i, s, 'beard', size).any() <= (i.beard != 'none')
+    assert covers(i, s, 'glasses', size).any() == (i.glasses != 'none')
+    wall, other = m.sum(0) == 0, replace(i, skin=1 - i.skin, hair_colour=1 - i.hair_colour)
+    assert .05 < wall.mean() < .7 and (pixels(i, s, size) == pixels(other, s, size)).all(-1)[wall].all()
 
 
 def test_the_background_is_where_no_part_is():
@@ -143,7 +145,8 @@ def test_grid():
     one = [draw(sample_identity(k), Scene(), 16) for k in range(5)]
     sheet = grid(one, columns=3, zoom=2)
     assert sheet.size == (96, 64)
-    cell = sheet.crop((32, 32, 64, 64)).resize((16, 16), Image.Resampling.NEAREST)   # the fifth: second row, second column
+    # the fifth: second row, second column
+    cell = sheet.crop((32, 32, 64, 64)).resize((16, 16), Image.Resampling.NEAREST)
     assert cell.tobytes() == one[4].tobytes()
 
 
@@ -161,36 +164,33 @@ def describe(pairs, size=32): return face_descriptor()(to_tensor([draw(i, s, siz
 
 
 @lru_cache(None)
-def unseen(n=150):
+def unseen(n=100):
     "Descriptors [n, 64] of n unseen people in one scene, and of the same people in another."
     people = range(UNSEEN, UNSEEN + n)
     return tuple(describe([(sample_identity(k), sample_scene(2*k + j)) for k in people]) for j in (0, 1))
 
 
 def auc(a, b):
-    "How well the cosine tells the couples (row i, row i) from all other couples; squeezed to [0, 1], as binary_auroc wants."
+    "How well the cosine tells couples (row i, row i) from all others; squeezed to [0, 1], as binary_auroc wants."
     return binary_auroc((a @ b.T).flatten()/2 + .5, torch.eye(len(a), dtype=torch.long).flatten()).item()
 
 
 def test_the_descriptor_is_a_small_unit_vector():
     d, _ = unseen()
     assert sum(p.numel() for p in face_descriptor().parameters()) <= 500_000
-    assert d.shape == (150, 64) and not d.requires_grad and not face_descriptor().training
-    assert_close(d.norm(dim=1), torch.ones(150))
+    assert d.shape == (100, 64) and not d.requires_grad and not face_descriptor().training
+    assert_close(d.norm(dim=1), torch.ones(100))
 
 
 def test_the_descriptor_knows_people_again():
-    a, b = unseen()
-    assert auc(a, b) >= .99
-
-
-def test_the_descriptor_is_trained():
-    "An untrained net of the same form does not pass the test above."
+    "An untrained net of the same form does not."
+    assert auc(*unseen()) >= .99
     with torch.random.fork_rng():
         torch.manual_seed(0)
         net = FaceDescriptor()
-    with torch.no_grad(): a, b = (net(to_tensor([draw(sample_identity(k), sample_scene(2*k + j)) for k in range(UNSEEN, UNSEEN + 50)])) for j in (0, 1))
-    assert auc(a, b) < .9
+    def new(j):
+        return net(to_tensor([draw(sample_identity(k), sample_scene(2*k + j)) for k in range(UNSEEN, UNSEEN + 50)]))
+    with torch.no_grad(): assert auc(new(0), new(1)) < .9
 
 
 def test_the_descriptor_is_blind_to_the_background():

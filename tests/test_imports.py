@@ -1,4 +1,4 @@
-"What an import costs: torch, and of diffusers what the rooms use; whatever else is heavy waits for the function that needs it."
+"What an import costs: torch, and of diffusers what a module uses; all else that is heavy waits for who needs it."
 import ast
 import subprocess
 import sys
@@ -6,8 +6,8 @@ import sys
 from conftest import ROOT
 
 PACKAGE = ROOT/'unlearn_nb'
-ABOUT = ['studio']   # the room that is about widgets
-ROOMS = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_') and p.stem not in ABOUT)
+ABOUT_WIDGETS = ['studio']
+MODULES = sorted(p.stem for p in PACKAGE.glob('*.py') if not p.stem.startswith('_') and p.stem not in ABOUT_WIDGETS)
 HEAVY = 'transformers peft torchmetrics matplotlib ipywidgets IPython scipy skimage pandas sklearn torchvision'.split()
 
 
@@ -18,19 +18,33 @@ def imported(code):
     return {name.split('.')[0] for name in run.stdout.split()}
 
 
-def classes(room):
-    "What a room takes from diffusers when it is imported."
-    body = ast.parse((PACKAGE/f'{room}.py').read_text(encoding='utf-8')).body
-    return {a.name for node in body if isinstance(node, ast.ImportFrom) and node.module == 'diffusers' for a in node.names}
+def tree(module): return ast.parse((PACKAGE/f'{module}.py').read_text(encoding='utf-8'))
 
 
-def test_rooms_import_nothing_heavy_beside_torch_and_diffusers():
-    names = sorted(set().union(*map(classes, ROOMS)))
+def classes(module):
+    "What a module takes from diffusers when it is imported."
+    found = [n for n in tree(module).body if isinstance(n, ast.ImportFrom) and n.module == 'diffusers']
+    return {a.name for node in found for a in node.names}
+
+
+def test_modules_import_nothing_heavy_beside_torch_and_diffusers():
+    names = sorted(set().union(*map(classes, MODULES)))
     assert 'UNet2DModel' in names
-    beyond = imported(f'import sys, torch, diffusers\nfor name in {names}: getattr(diffusers, name)\nbefore = set(sys.modules)\n'
-        f'for room in {ROOMS}: __import__(f"unlearn_nb.{{room}}")\nprint(*set(sys.modules) - before)')
+    beyond = imported('import sys, torch, diffusers\n'
+                      f'for name in {names}: getattr(diffusers, name)\n'
+                      'before = set(sys.modules)\n'
+                      f'for module in {MODULES}: __import__(f"unlearn_nb.{{module}}")\n'
+                      'print(*set(sys.modules) - before)')
     assert 'unlearn_nb' in beyond and not beyond & set(HEAVY)
 
 
 def test_the_command_answers_before_torch_is_there():
-    assert not imported('import sys, unlearn_nb.__main__\nprint(*sys.modules)') & {'torch', 'diffusers', 'numpy', 'PIL', *HEAVY}
+    beyond = imported('import sys, unlearn_nb.__main__\nprint(*sys.modules)')
+    assert not beyond & {'torch', 'diffusers', 'numpy', 'PIL', *HEAVY}
+
+
+def test_no_module_imports_a_private_name_of_another():
+    for module in MODULES + ABOUT_WIDGETS:
+        for node in ast.walk(tree(module)):
+            if isinstance(node, ast.ImportFrom) and node.level:
+                assert not [a.name for a in node.names if a.name.startswith('_')], f'{module} takes from {node.module}'

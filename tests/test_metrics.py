@@ -508,7 +508,7 @@ def in_bits(nats, D=64): return math.log2(127.5) - nats/(D*math.log(2))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('scale, schedule', [(.01, 'linear'), (1., 'linear'), (.1, 'squaredcos_cap_v2')])
+@pytest.mark.parametrize('scale, schedule', [(1., 'linear'), (.1, 'squaredcos_cap_v2')])
 def test_likelihood_of_a_known_gaussian(scale, schedule):
     "With a full set of orthogonal signs the trace is exact, so that only the steps err: within 1 %, less with more."
     model, density = gaussian(.3*normal(64, seed=3), mixed(scale), beta_schedule=schedule)

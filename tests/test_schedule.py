@@ -97,7 +97,7 @@ def test_another_picture_shifts_the_target_by_d_over_the_gain(t, seed):
     t = torch.tensor([t])
     for one in (*(ddpm(p, dtype=torch.double) for p in PREDICTIONS), flow()):
         level = t.double() if one.prediction == "flow" else t
-        x_t, (a, s), D = one.noise(x_f, eps, level), one.scales(level), x_f - x_s
+        x_t, (_, s), D = one.noise(x_f, eps, level), one.scales(level), x_f - x_s
         shift = one.target(x_t, x_s, level) - one.target(x_t, x_f, level)
         expected = {"epsilon": one.snr(level).sqrt().view(-1, 1, 1, 1) * D, "sample": -D}.get(one.prediction, D / s)
         assert_close(shift, expected, atol=1e-6, rtol=1e-6)

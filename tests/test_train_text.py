@@ -222,6 +222,7 @@ def test_normalised_latents_have_mean_0_and_deviation_1():
     assert_close(z/vae.config.scaling_factor + vae.config.shift_factor, before)   # as the pipeline turns them back
 
 
+@pytest.mark.slow
 def test_autoencoder_learns_and_is_its_seed_alone(tmp_path):
     x, _ = data()
     cfg = TrainConfig(steps=80, batch=8, channels=(8, 8), lr=1e-2, save_every=1e9)

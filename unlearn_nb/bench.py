@@ -258,7 +258,7 @@ def measure_costs(problem, opt, requests, rounds=5):
     return rows
 
 # %% ../nbs/workshop/bench.ipynb #a95ae779
-def measure_sampling(denoiser, cfg, n=8, steps=10, rounds=5, prompt=None):
+def measure_sampling(denoiser, cfg, n=4, steps=10, rounds=5, prompt=None):
     """Seconds for a picture of `steps` steps, n at a time; without words also over those of diffusers' `DDIMPipeline`.
 
     prompt: of a model with words."""

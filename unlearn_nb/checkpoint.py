@@ -7,6 +7,7 @@ __all__ = ['content', 'run_identity', 'save_checkpoint', 'read_checkpoint', 'loa
 
 # %% ../nbs/workshop/checkpoint.ipynb #d327fd05
 import json
+from glob import escape
 from math import isclose
 from operator import eq
 from pathlib import Path
@@ -69,7 +70,9 @@ def read_checkpoint(file, identity):
 def load_checkpoint(file, identity, parametrization, opt, step_gradient):
     """Go on from a checkpoint: (step, log), with parametrization and optimiser as they were; (0, []) if there is none.
 
+    What runs that were killed while they wrote have left beside it is removed.
     ValueError, with the field named, if it is about something else."""
+    for part in Path(file).parent.glob(f".{escape(Path(file).name)}.*.part"): part.unlink(missing_ok=True)
     if not Path(file).exists(): return 0, []
     kept, step, log = read_checkpoint(file, identity)
     with torch.no_grad():

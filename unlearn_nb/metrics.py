@@ -111,6 +111,7 @@ def read_torchscript(file, sha256, source):
             raise ValueError(f"{str(file)!r} is not a TorchScript file that torch "
                              f"{torch.__version__} can read ({why}); get it from {source}") from e
 
+# %% ../nbs/03_metrics.ipynb #3cdc6316
 def descriptor(net, prepare, batch=32):
     """The function pictures [B, 3, H, W] in [-1, 1] -> unit vectors [B, D] of a net, on the CPU.
 

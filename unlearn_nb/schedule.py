@@ -162,7 +162,6 @@ class Flow(Schedule):
 
     def timesteps(self, start, steps):
         """Timesteps from `start` down, in at most `steps` steps; the last leads to x0.
-
         As the scheduler's set_timesteps if its noise began at `start`: evenly in s before the shift,
         down to its last level. ValueError for a level that does not exist."""
         if steps < 1: raise ValueError(f"steps = {steps} makes no picture; give 1 or more")

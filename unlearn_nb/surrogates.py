@@ -217,8 +217,9 @@ class Check:
     rmse: float                  # of the whole picture, values in [-1, 1]
     background: float            # PSNR in dB where nothing should change; infinite if nothing did
     warnings: tuple[str, ...]    # one sentence each
-    heat: Image.Image = field(repr=False, compare=False)   # black: equal ... yellow: by half
+    heat: Image.Image = field(repr=False, compare=False)   # black: equal; yellow: far
 
+# %% ../nbs/04_surrogates.ipynb #ac922e9f
 def check(x_f, x_s, *, mask=None, describe=None,
           max_similarity=.3, max_rmse=.35, min_background_psnr=30.):
     """How far a surrogate is from its forget image, and where: a `Check`. Both: PIL, of one size.

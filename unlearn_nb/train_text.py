@@ -99,7 +99,7 @@ def normalise(vae, images):
     vae.register_to_config(shift_factor=mean.item(), scaling_factor=1 / std.item())
 
 def train_autoencoder(images, out, cfg=TrainConfig(minutes=20, batch=8, lr=2e-3, channels=(16, 24, 32))):
-    "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, checkpoints in `out`; returned normalised."
+    "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, checkpoints in `out`; normalised."
     vae = new_autoencoder(cfg.channels, cfg.seed).to(own_device())
     def loss(g, n):
         x = images[torch.randint(len(images), (n,), generator=g)]
@@ -130,7 +130,8 @@ class TextConfig:
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
         if self.shift <= 0:
-            raise ValueError(f"shift is {self.shift}; give a number above 0: 1 for none, 3 as Stable Diffusion 3 has it")
+            raise ValueError(f"shift is {self.shift}; give a number above 0: "
+                             "1 for none, 3 as Stable Diffusion 3 has it")
 
 # %% ../nbs/workshop/train_text.ipynb #1c5ff378
 def new_pipeline(vae, captions, size=64, cfg=TextConfig()):
