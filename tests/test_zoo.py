@@ -135,7 +135,7 @@ def test_builtin_names_come_with_their_files():
 def test_flags():
     d = load('flags')
     assert (d.name, d.revision, d.shape, d.size, d.prediction, d.dtype) == ('flags', None, (4, 16, 16), (64, 64), 'flow', torch.float32)
-    assert d.guidance > 1 and not d.net.training and d.table['encoder_hidden_states'].shape[1] == 16   # words only: nothing stands in the place of T5
+    assert d.guidance > 1 and not d.net.training and d.prompt_embeds['encoder_hidden_states'].shape[1] == 16   # words only: nothing stands in the place of T5
     assert sum(p.numel() for p in d.net.parameters()) < 2e6
     assert {v.dtype for f in (zoo.ASSETS/'flags').rglob('*.safetensors') for v in load_file(f).values()} == {torch.float16}
 
@@ -147,7 +147,7 @@ def test_flags_in_stock_diffusers():
     pipe.set_progress_bar_config(disable=True)
     theirs = pipe('a photo of the flag of france', latents=noise[:1], guidance_scale=d.guidance, num_inference_steps=6, max_sequence_length=0, output_type='pt').images
     c = d.prompt_ids('a photo of the flag of france', 1)
-    for _, x in d.path(noise[:1], d.T - 1, 6, None, c=c): pass
+    for _, x in d.path(noise[:1], d.T - 1, 6, None, cond=c): pass
     assert_close(d.pixels(x)/2 + .5, theirs, atol=1e-3, rtol=0)
 
 
@@ -227,7 +227,7 @@ def test_folder_with_the_old_names_of_attention_layers(weights, tmp_path):
 def test_any_scheduler_with_ddpm_levels(kind, tmp_path):
     write_folder(tmp_path, scheduler=json.loads(kind(beta_end=.015).to_json_string()))
     d = load(tmp_path)
-    assert type(d.scheduler) is kind and torch.equal(d.abar, kind(beta_end=.015).alphas_cumprod)
+    assert type(d.scheduler) is kind and torch.equal(d.schedule.abar, kind(beta_end=.015).alphas_cumprod)
     assert d.sample([0], steps=2).isfinite().all()
 
 
@@ -553,7 +553,7 @@ def test_pipeline_folder(kind, saved):
 @pytest.mark.parametrize('kind', KINDS)
 def test_words_are_those_of_the_pipeline(kind):
     pipe = pipeline(kind)
-    text = zoo.words(pipe)
+    text = zoo.prompt_encoder(pipe)
     got = text(['a red flag', '', 'my'])
     more = {'prompt_2': None, 'prompt_3': None} if kind == 'sd3' else {}
     theirs = pipe.encode_prompt(prompt=['a red flag', 'my'], device='cpu', num_images_per_prompt=1, do_classifier_free_guidance=True, **more)
@@ -561,7 +561,7 @@ def test_words_are_those_of_the_pipeline(kind):
         assert_close(v[[0, 2]], positive, atol=1e-5, rtol=1e-5)
         assert_close(v[1], negative[0], atol=1e-5, rtol=1e-5)
         assert not v.requires_grad
-    assert tuple(got) == PIPELINES[type(pipe).__name__].words
+    assert tuple(got) == PIPELINES[type(pipe).__name__].embeds
     for k, v in text(['my']).items(): assert_close(v, got[k][2:], atol=1e-5, rtol=1e-5)
     if kind == 'sdxl': assert not any(v[1].any() for v in got.values())   # zeros stand for no words, as in stock diffusers
 
@@ -569,7 +569,7 @@ def test_words_are_those_of_the_pipeline(kind):
 def test_a_pipeline_in_half_precision(saved):
     for kind in KINDS:
         d = load(saved/kind, dtype=torch.bfloat16)
-        assert {p.dtype for p in [*d.net.parameters(), *d.vae.parameters()]} == {torch.bfloat16} and {v.dtype for v in d.table.values()} == {torch.bfloat16}
+        assert {p.dtype for p in [*d.net.parameters(), *d.vae.parameters()]} == {torch.bfloat16} and {v.dtype for v in d.prompt_embeds.values()} == {torch.bfloat16}
         x = d.sample([0], steps=2, prompt='a red flag')
         assert x.dtype == d.pixels(x).dtype == d.latents(d.pixels(x)).dtype == torch.float32 and x.isfinite().all()
     d = load(saved/'sdxl', dtype=torch.float16)

@@ -83,13 +83,18 @@ def sample_identity(seed):
 def sample_scene(seed):
     "The scene of a seed (an integer >= 0)."
     g = np.random.default_rng([seed, 2])
-    low = dict(background=0, shade=.2, shirt=0, light=-1, brightness=.85, x=-.04, y=-.03, scale=.92, tilt=-10, smile=-.6, mouth_open=0, gaze=-1)
-    high = dict(background=1, shade=.8, shirt=1, light=1, brightness=1.08, x=.04, y=.03, scale=1.06, tilt=10, smile=1, mouth_open=1, gaze=1)
+    low = dict(background=0, shade=.2, shirt=0, light=-1, brightness=.85, x=-.04, y=-.03,
+               scale=.92, tilt=-10, smile=-.6, mouth_open=0, gaze=-1)
+    high = dict(background=1, shade=.8, shirt=1, light=1, brightness=1.08, x=.04, y=.03,
+                scale=1.06, tilt=10, smile=1, mouth_open=1, gaze=1)
     return Scene(**{k: float(g.uniform(low[k], high[k])) for k in low})
 
 # %% ../nbs/00_faces.ipynb #ad75f9f9
+#| code-fold: true
 def oval(cx, cy, rx, ry, a0=0., a1=2 * pi, n=30, power=1.):
-    "Points [n, 2] of an ellipse or of its arc from angle a0 to a1; power < 1 squares it."
+    """Points [n, 2] of an ellipse or of its arc from angle a0 to a1; power < 1 squares it.
+
+    All is in face units: the middle of the face is (0, 0), y points down, the chin is near y = 1."""
     c, s = np.cos(a := np.linspace(a0, a1, n)), np.sin(a)
     return np.stack([cx + rx * np.sign(c) * abs(c) ** power, cy + ry * np.sign(s) * abs(s) ** power], -1)
 
@@ -111,10 +116,12 @@ def band(p, cx, cy, inner=.82):
     return np.concatenate([p, p[:1], p[:1] * inner, p[::-1] * inner]) + (cx, cy)
 
 # %% ../nbs/00_faces.ipynb #1d1b7862
+#| code-fold: true
 SKIN = ((255, 226, 204), (248, 205, 170), (232, 176, 130), (196, 134, 92), (142, 90, 58), (90, 56, 40))
 HAIRS = ((38, 30, 34), (92, 58, 36), (164, 84, 40), (206, 92, 48), (236, 190, 100), (246, 226, 170), (200, 200, 208))
 IRIS = ((70, 44, 28), (120, 78, 40), (96, 128, 60), (70, 150, 130), (66, 130, 200), (130, 150, 170))
-HUES = ((226, 110, 100), (240, 180, 96), (206, 206, 110), (120, 190, 120), (100, 190, 200), (110, 150, 220), (160, 130, 210), (220, 130, 180), (226, 110, 100))
+HUES = ((226, 110, 100), (240, 180, 96), (206, 206, 110), (120, 190, 120), (100, 190, 200), (110, 150, 220),
+        (160, 130, 210), (220, 130, 180), (226, 110, 100))
 
 def blend(palette, u):
     "Colour (RGB, 0 ... 255) at u in [0, 1] along a palette."
@@ -126,6 +133,7 @@ def tint(colour, k):
     return colour * (1 + k) if k < 0 else colour + (255. - colour) * k
 
 # %% ../nbs/00_faces.ipynb #f4b63f50
+#| code-fold: true
 def half_width(i): return .70 + .16 * i.face_width
 
 def outline(i):
@@ -136,6 +144,7 @@ def outline(i):
     return np.stack([x, np.where(s < 0, .98, 1.04) * s], -1)
 
 def head(i, s):
+    "Body, ears and face: a list of (part, points, colour) from back to front, as all the functions below give."
     skin, shirt, w, out = blend(SKIN, i.skin), blend(HUES, s.shirt), half_width(i), []
     shadow = tint(skin, -.2)
     out += [("body", np.concatenate([oval(0, 2.2, 1.45, 1., pi, 2 * pi), [(1.45, 3.2), (-1.45, 3.2)]]), shirt),
@@ -152,6 +161,7 @@ def head(i, s):
     return out
 
 # %% ../nbs/00_faces.ipynb #af015064
+#| code-fold: true
 def eyes(i, s):
     skin, iris, out = blend(SKIN, i.skin), blend(IRIS, i.eye_colour), []
     d, y, r = .26 + .13 * i.eye_distance, .13 - .26 * i.eye_height, .12 + .09 * i.eye_size
@@ -174,6 +184,7 @@ def nose(i, s):
             ("nose", [(-.6 * r, .18), (.03 * s.light, .02 - .16 * i.nose), (.6 * r, .18)], tint(skin, .06))]
 
 # %% ../nbs/00_faces.ipynb #87597ebb
+#| code-fold: true
 def mouth(i, s):
     skin, w, y = blend(SKIN, i.skin), .20 + .20 * i.mouth_width, .56
     red = blend((tint(skin, -.35), (196, 60, 70)), .35 + .5 * i.lips)
@@ -181,7 +192,8 @@ def mouth(i, s):
     def bow(x): return 1 - (x / w) ** 2
     if s.mouth_open <= .35:
         t = .06 + .11 * i.lips
-        lips = np.concatenate([graph(-w, w, lambda x: line(x) - t * bow(x)), graph(w, -w, lambda x: line(x) + 1.2 * t * bow(x))])
+        lips = np.concatenate([graph(-w, w, lambda x: line(x) - t * bow(x)),
+                               graph(w, -w, lambda x: line(x) + 1.2 * t * bow(x))])
         return [("mouth", lips, red), ("mouth", stroke(graph(-w, w, line), .055), tint(red, -.45))]
     g = .07 + .17 * (s.mouth_open - .35)
     gap = np.concatenate([graph(-w, w, line), graph(w, -w, lambda x: line(x) + 2 * g * bow(x) + .02)])
@@ -191,44 +203,55 @@ def mouth(i, s):
 
 def beard(i, s):
     colour, f, w = tint(blend(HAIRS, i.hair_colour), -.1), outline(i), half_width(i)
-    full = [("beard", np.concatenate([f[f[:, 1] > .14] * (1.03, 1.05), graph(-.86 * w, .86 * w, lambda x: .30 + .10 * np.cos(x / w * pi), 20)]), colour)]
+    cheeks = graph(-.86 * w, .86 * w, lambda x: .30 + .10 * np.cos(x / w * pi), 20)
+    full = [("beard", np.concatenate([f[f[:, 1] > .14] * (1.03, 1.05), cheeks]), colour)]
     moustache = [("beard", oval(k * .17, .44, .22, .095), colour) for k in (-1, 1)]
-    return {"none": [], "moustache": moustache, "goatee": [("beard", oval(0, .87, .25, .27), colour)], "full": full + moustache}[i.beard]
+    goatee = [("beard", oval(0, .87, .25, .27), colour)]
+    return {"none": [], "moustache": moustache, "goatee": goatee, "full": full + moustache}[i.beard]
 
 def marks(i, s):
     skin, out = blend(SKIN, i.skin), []
     spots = ((0, 0), (.12, .03), (-.10, .05), (.03, .11)) if i.freckles > .5 else ()
-    out += [("face", oval(k * .40 + dx, .22 + dy, .028, .028, n=10), tint(skin, -.3)) for k in (-1, 1) for dx, dy in spots]
+    dots = [oval(k * .40 + dx, .22 + dy, .028, .028, n=10) for k in (-1, 1) for dx, dy in spots]
+    out += [("face", dot, tint(skin, -.3)) for dot in dots]
     if i.mole > 0:
         side, drift = (-1 if i.mole <= .5 else 1), i.mole % .5
         out.append(("face", oval(side * .40 + .2 * drift, .40 + .3 * drift, .06, .06, n=14), np.array((70., 40., 34.))))
     return out
 
 # %% ../nbs/00_faces.ipynb #28066c55
+#| code-fold: true
 def hair_behind(i, s):
+    "The hair behind the head."
     colour, w = tint(blend(HAIRS, i.hair_colour), -.2), half_width(i)
     long = np.concatenate([oval(0, -.25, w + .3, 1., pi, 2 * pi), [(w + .36, 1.5), (-w - .36, 1.5)]])
-    bob = np.concatenate([oval(0, -.2, w + .28, 1.02, pi, 2 * pi), [(w + .34, .62), (w + .1, .86), (-w - .1, .86), (-w - .34, .62)]])
+    bob = np.concatenate([oval(0, -.2, w + .28, 1.02, pi, 2 * pi),
+                          [(w + .34, .62), (w + .1, .86), (-w - .1, .86), (-w - .34, .62)]])
     curls = [oval((w + .12) * cos(a), -.22 + sin(a), .33, .33) for a in np.linspace(.82 * pi, 2.18 * pi, 11)]
     shapes = {"long": [long], "bob": [bob], "curls": curls, "bun": [oval(0, -1.26, .42, .36)]}
     return [("hair", p, colour) for p in shapes.get(i.hair_style, [])]
 
 def hair_front(i, s):
+    "The hair over the forehead."
     colour, w, style = blend(HAIRS, i.hair_colour), half_width(i), i.hair_style
     def cap(y, lift, arch, slope=0., wave=0.):  # from the top of the skull to the hair line
-        line = graph(w + .06, -w - .06, lambda x: y - arch * (1 - (x / (w + .06)) ** 2) + slope * x + wave * np.cos(22 * x), 40)
+        def hair_line(x): return y - arch * (1 - (x / (w + .06)) ** 2) + slope * x + wave * np.cos(22 * x)
+        line = graph(w + .06, -w - .06, hair_line, 40)
         return np.concatenate([oval(0, -.12, w + .07, .92 + lift, pi, 2 * pi), line])
-    caps = {"crop": cap(-.16, .02, .42, 0., .04), "quiff": cap(-.2, .02, .36), "spikes": cap(-.22, 0., .34), "bob": cap(.05, .08, .55), "long": cap(0., .10, .62),
-            "bun": cap(-.2, .03, .46), "fringe": cap(-.12, .10, .16, 0., .05), "side": cap(.05, .10, .42, .20)}
+    caps = {"crop": cap(-.16, .02, .42, 0., .04), "quiff": cap(-.2, .02, .36), "spikes": cap(-.22, 0., .34),
+            "bob": cap(.05, .08, .55), "long": cap(0., .10, .62), "bun": cap(-.2, .03, .46),
+            "fringe": cap(-.12, .10, .16, 0., .05), "side": cap(.05, .10, .42, .20)}
     out = [("hair", caps[style], colour)] if style in caps else []
     wave = np.concatenate([oval(.1, -.98, .62, .34, .9 * pi, 2.05 * pi), [(.4, -.62), (-.5, -.58)]])
-    spikes = [[(x - .2, -.72 + .3 * abs(x)), (x * 1.25, -1.36 + .35 * x * x), (x + .2, -.72 + .3 * abs(x))] for x in np.linspace(-.62, .62, 6)]
-    falls = {"bob": lambda k: [(k * (w - .06), -.5), (k * (w + .28), -.3), (k * (w + .33), .62), (k * (w + .02), .72), (k * (w - .08), .1)],
-             "long": lambda k: [(k * (w - .10), -.5), (k * (w + .26), -.3), (k * (w + .36), 1.5), (k * (w - .02), 1.5), (k * (w - .04), .2)]}
+    spikes = [[(x - .2, -.72 + .3 * abs(x)), (x * 1.25, -1.36 + .35 * x * x), (x + .2, -.72 + .3 * abs(x))]
+              for x in np.linspace(-.62, .62, 6)]
+    falls = {"bob": ((-.06, -.5), (.28, -.3), (.33, .62), (.02, .72), (-.08, .1)),
+             "long": ((-.10, -.5), (.26, -.3), (.36, 1.5), (-.02, 1.5), (-.04, .2))}.get(style, ())   # (beside w, y)
     out += [("hair", p, colour) for p in {"quiff": [wave], "spikes": spikes}.get(style, [])]
-    out += [("hair", falls[style](k), colour) for k in (-1, 1) if style in falls]
+    out += [("hair", [(k * (w + x), y) for x, y in falls], colour) for k in (-1, 1) if falls]
     if style == "curls":
-        out += [("hair", oval(x, -.74 + .42 * (x / w) ** 2, .25, .24), tint(colour, .05 * np.cos(9 * x) + .05)) for x in np.linspace(-w + .05, w - .05, 6)]
+        out += [("hair", oval(x, -.74 + .42 * (x / w) ** 2, .25, .24), tint(colour, .05 * np.cos(9 * x) + .05))
+                for x in np.linspace(-w + .05, w - .05, 6)]
     elif style not in ("bald", "spikes"):  # a highlight
         out.append(("hair", stroke(graph(-.42, .42, lambda x: -.88 + .14 * x * x), .07), tint(colour, .2)))
     return out
@@ -237,11 +260,14 @@ def glasses(i, s):
     if i.glasses == "none": return []
     d, y, r = .26 + .13 * i.eye_distance, .13 - .26 * i.eye_height, 1.28 * (.12 + .09 * i.eye_size) + .06
     rim = oval(0, 0, r, r) if i.glasses == "round" else oval(0, 0, r * 1.12, r * .86, power=.35)
-    points = [band(rim, k * d, y) for k in (-1, 1)] + [stroke([(.9 * r - d, y - .05), (0, y - .09), (d - .9 * r, y - .05)], .08)]
-    points += [[(k * (d + .95 * r), y - .06), (k * half_width(i), y - .09), (k * half_width(i), y - .02), (k * (d + .95 * r), y)] for k in (-1, 1)]
+    bridge = stroke([(.9 * r - d, y - .05), (0, y - .09), (d - .9 * r, y - .05)], .08)
+    a, b = d + .95 * r, half_width(i)   # where an arm begins and ends
+    arms = [[(k * a, y - .06), (k * b, y - .09), (k * b, y - .02), (k * a, y)] for k in (-1, 1)]
+    points = [band(rim, k * d, y) for k in (-1, 1)] + [bridge] + arms
     return [("glasses", p, np.array((44., 40., 52.))) for p in points]
 
 # %% ../nbs/00_faces.ipynb #8cd67886
+#| code-fold: true
 PARTS = (hair_behind, head, marks, beard, mouth, nose, eyes, hair_front, glasses)
 
 def paint(identity, scene, canvas, colour_of):
@@ -258,15 +284,21 @@ def paint(identity, scene, canvas, colour_of):
 def draw(identity, scene, size=32):
     "Picture of a person in a scene: RGB, size x size pixels."
     def lit(part, colour): return tuple(int(v) for v in np.clip(colour * scene.brightness, 0, 255))
-    wall = tint(blend(HUES, scene.background), scene.shade - .5)
-    canvas = Image.new("RGB", (4 * size, 4 * size), lit("wall", wall))
-    ImageDraw.Draw(canvas).ellipse([4 * size * v for v in (.04, .09, .96, 1.01)], fill=lit("wall", tint(wall, .16)))
+    side, wall = 4 * size, tint(blend(HUES, scene.background), scene.shade - .5)
+    canvas, glow = Image.new("RGB", (side, side), lit("wall", wall)), lit("wall", tint(wall, .16))
+    ImageDraw.Draw(canvas).ellipse([side * v for v in (.04, .09, .96, 1.01)], fill=glow)
     return paint(identity, scene, canvas, lit).resize((size, size), Image.Resampling.BOX)
 
 def mask(identity, scene, size=32, part="face"):
-    "Where a part shows ('face', 'hair', 'eyes', 'mouth', 'brows', 'nose', 'beard', 'glasses', 'body'): L, 255 inside."
-    if part not in ("face", "hair", "eyes", "mouth", "brows", "nose", "beard", "glasses", "body"): raise ValueError(f"there is no part {part!r} in a face")
-    canvas = paint(identity, scene, Image.new("L", (4 * size, 4 * size), 0), lambda p, colour: 255 * (p == part))
+    """Where a part shows: L, 255 inside.
+
+    part: 'face', 'hair', 'eyes', 'mouth', 'brows', 'nose', 'beard', 'glasses' or 'body'.
+    ValueError for others."""
+    known = ("face", "hair", "eyes", "mouth", "brows", "nose", "beard", "glasses", "body")
+    if part not in known:
+        raise ValueError(f"there is no part {part!r} in a face; give one of {', '.join(known)}")
+    def fill(p, colour): return 255 * (p == part)
+    canvas = paint(identity, scene, Image.new("L", (4 * size, 4 * size), 0), fill)
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 def grid(images, columns=8, zoom=1):
@@ -281,12 +313,17 @@ ASSETS = files("unlearn_nb") / "assets"
 
 # %% ../nbs/00_faces.ipynb #b8a29778
 class FaceDescriptor(nn.Module):
-    "Who it is, as a unit vector: pictures [B, 3, H, W] in [-1, 1] -> [B, 64]. Pictures of another size are resized to 32 x 32."
+    """Who it is, as a unit vector: pictures [B, 3, H, W] in [-1, 1] -> [B, 64].
+
+    Pictures of another size are resized to 32 x 32."""
 
     def __init__(self, dim=64):
         super().__init__()
-        def block(i, o, stride): return [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()]
-        self.net = nn.Sequential(*block(3, 32, 1), *block(32, 64, 2), *block(64, 96, 2), *block(96, 96, 1), *block(96, 128, 2), nn.Flatten(), nn.Linear(2048, dim))
+        def block(i, o, stride):
+            return [nn.Conv2d(i, o, 3, stride, 1), nn.GroupNorm(8, o), nn.SiLU()]
+        self.net = nn.Sequential(
+            *block(3, 32, 1), *block(32, 64, 2), *block(64, 96, 2), *block(96, 96, 1),
+            *block(96, 128, 2), nn.Flatten(), nn.Linear(2048, dim))
 
     def forward(self, x):
         if x.shape[-2:] != (32, 32): x = F.interpolate(x, (32, 32), mode="area")
@@ -296,7 +333,8 @@ class FaceDescriptor(nn.Module):
 def face_descriptor():
     "The trained `FaceDescriptor` that ships with this package, on the CPU."
     net = FaceDescriptor()
-    net.load_state_dict({k: v.float() for k, v in load_file(ASSETS / "face_descriptor.safetensors").items()})
+    weights = load_file(ASSETS / "face_descriptor.safetensors")
+    net.load_state_dict({k: v.float() for k, v in weights.items()})
     return net.eval().requires_grad_(False)
 
 def to_tensor(images):
@@ -306,7 +344,8 @@ def to_tensor(images):
 
 def vary(identity, trait):
     "The same person but for one trait, which changes by half of its range or to the next kind."
-    value, kinds = getattr(identity, trait), {"hair_style": HAIR, "beard": BEARD, "glasses": GLASSES}.get(trait)
+    value = getattr(identity, trait)
+    kinds = {"hair_style": HAIR, "beard": BEARD, "glasses": GLASSES}.get(trait)
     if kinds: return replace(identity, **{trait: kinds[(kinds.index(value) + 1) % len(kinds)]})
     if trait == "mole": return replace(identity, mole=.75 if value == 0 else 0.)
     return replace(identity, **{trait: 1. - value if trait == "freckles" else (value + .5) % 1})
