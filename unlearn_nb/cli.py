@@ -218,14 +218,16 @@ def sample(model, folders, seeds, prompt, out, steps):
         what="Diffusers folder to write, a --model for the other commands; a stopped run goes on from there.")
 def train(data, size, minutes, out):
     "Train a small denoiser on drawn faces or on your pictures."
-    from unlearn_nb.train import TrainConfig, folder_images, train, world_images
-    out = Path(out)
+    from functools import partial
+
+    from unlearn_nb.train import TrainConfig, draw_faces, folder_images, train
+    out, cfg = Path(out), TrainConfig(minutes=minutes)   # refuses minutes that are no number
     if size % 8: raise ValueError(f"--size {size} is not a multiple of 8, which this net needs")
     taken = out.is_dir() and any(out.iterdir()) and not (out / "training.safetensors").exists()
     if out.exists() and not out.is_dir() or taken:
         raise ValueError(f"--out {str(out)!r} exists and holds no training run; give another name or empty it")
-    pictures = world_images(24_000, size) if data == "faces" else folder_images(data, size)
-    train(pictures, out, TrainConfig(minutes=minutes))
+    pictures = partial(draw_faces, size=size) if data == "faces" else folder_images(data, size)
+    train(pictures, out, cfg)
     click.echo(f"written to {out}")
 
 # %% ../nbs/workshop/cli.ipynb #7d0928a8

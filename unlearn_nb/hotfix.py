@@ -62,6 +62,15 @@ def low_rank(delta, rank, part=""):
         thin |= {f"{layer}lora_{k}.weight": x.half().contiguous() for k, x in (("A", A), ("B", B))}
     return thin
 
+# %% ../nbs/09_hotfix.ipynb #0c0d4e04
+def check_base(denoiser, base):
+    "ValueError unless what lies beneath the hotfixes of a denoiser is the `base` of a card."
+    found = fingerprint(denoiser, base=True)
+    if found != base["sha256"]:
+        raise ValueError(f"this hotfix was made for the base {base['id']!r} with weights "
+                         f"{base['sha256'][:12]}, but the base weights of this model are "
+                         f"{found[:12]}; load the base that it was made for")
+
 # %% ../nbs/09_hotfix.ipynb #e24edef6
 class Hotfix:
     "A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`."
@@ -77,11 +86,7 @@ class Hotfix:
         "Add the change, on top of the hotfixes that are on. ValueError for a net of another base."
         if any(h.id == self.id for h in denoiser.hotfixes):
             raise ValueError("this hotfix is already applied; remove it first")
-        base, found = self.card["base"], fingerprint(denoiser, base=True)
-        if found != base["sha256"]:
-            raise ValueError(f"this hotfix was made for the base {base['id']!r} with weights "
-                             f"{base['sha256'][:12]}, but the base weights of this model are "
-                             f"{found[:12]}; load the base that it was made for")
+        check_base(denoiser, self.card["base"])
         weights = denoiser.net.state_dict()
         for k in changed(self.delta): denoiser.base.setdefault(k, weights[k].clone())
         denoiser.hotfixes.append(self)
@@ -90,8 +95,7 @@ class Hotfix:
     def remove(self, denoiser):
         "Take the change off: left is the base with the other hotfixes in their order, bit for bit."
         if self not in denoiser.hotfixes:
-            raise ValueError("this hotfix is not applied to this model; "
-                             "remove it from the one that it was applied to")
+            raise ValueError("this hotfix is not applied to this model; remove it from the one that it was applied to")
         denoiser.hotfixes.remove(self)
         weights = denoiser.net.state_dict()
         for k in changed(self.delta):
@@ -101,10 +105,7 @@ class Hotfix:
 
     def save(self, folder):
         "Write `hotfix.safetensors`, then `card.json`: a folder with a card is complete."
-        folder, facts = Path(folder), self.card | {"hotfix_sha256": self.id}
-        folder.mkdir(parents=True, exist_ok=True)
-        write(folder / "hotfix.safetensors", save(self.delta))
-        write(folder / "card.json", json.dumps(facts, indent=1).encode())
+        store(Path(folder), self.delta, self.card | {"hotfix_sha256": self.id})
 
     @classmethod
     def load(cls, folder):
@@ -146,6 +147,12 @@ def card(denoiser, requests, cfg, log, seconds, method):
             "cost": cost_of(denoiser, cfg.steps, seconds), "versions": versions}
 
 # %% ../nbs/09_hotfix.ipynb #4613dbf0
+def store(folder, delta, card):
+    "Write a change and its card into a folder, the card last."
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / "hotfix.safetensors", save(delta))
+    write(folder / "card.json", json.dumps(card, indent=1).encode())
+
 def read(folder):
     "Weights and card of a hotfix folder; ValueError, in one sentence, if not what a run wrote."
     place, file = repr(str(folder)), folder / "card.json"

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
-from .train import TrainConfig, fit, own_device, processes
+from .train import TrainConfig, accelerator, check_settings, data_sha256, fit
 
 # %% ../nbs/workshop/train_text.ipynb #fb2bc095
 SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|unknown|>"]
@@ -100,11 +100,11 @@ def normalise(vae, images):
 
 def train_autoencoder(images, out, cfg=TrainConfig(minutes=20, batch=8, lr=2e-3, channels=(16, 24, 32))):
     "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, checkpoints in `out`; normalised."
-    vae = new_autoencoder(cfg.channels, cfg.seed).to(own_device())
-    def loss(g, n):
-        x = images[torch.randint(len(images), (n,), generator=g)]
+    vae = new_autoencoder(cfg.channels, cfg.seed).to(accelerator().device)
+    def loss(g, samples):
+        x = images[torch.randint(len(images), (len(samples),), generator=g)]
         return autoencoder_loss(vae, x.to(vae.device).float() / 127.5 - 1, g)
-    fit(vae, loss, out, cfg, {"size": images.shape[-1]})
+    fit(vae, loss, out, cfg, {"size": images.shape[-1], "data": data_sha256(images)})
     normalise(vae.eval(), images[:4000])
     return vae.requires_grad_(False)
 
@@ -122,10 +122,12 @@ class TextConfig:
     dropout: float = .1         # share of the captions that are replaced by the empty one
     padded: float = 1 / 16      # share of the steps with 256 empty tokens after the caption
     shift: float = 3.           # of the noise levels, in training and in the scheduler
+    precision: str = "float32"  # of the nets' sums, or "bfloat16"
     save_every: float = 120.    # seconds between checkpoints
     seed: int = 0
 
     def __post_init__(self):
+        check_settings(self)
         for name in ("dropout", "padded"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; give a share from 0 to 1")
@@ -207,18 +209,20 @@ def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
     if len(images) != len(captions):
         raise ValueError(f"there are {len(images)} pictures and {len(captions)} captions; give one caption a picture")
     pipe = new_pipeline(vae, captions, images.shape[-1], cfg)
-    pipe.to(device := own_device())
+    run = accelerator()
+    pipe.to(device := run.device)
     latents, ids = encode_images(vae, images), token_ids(pipe.tokenizer, captions)
     nothing = token_ids(pipe.tokenizer, [""])
-    def loss(g, n):
+    def loss(g, samples):
         empty = 256 if torch.rand(1, generator=g) < cfg.padded else 0
-        if empty: n = max(1, n // 4)   # about as much work as in the other steps
+        n = max(1, len(samples) // 4) if empty else len(samples)   # about as much work as in the other steps
         k, drop = torch.randint(len(latents), (n,), generator=g), torch.rand(n, 1, generator=g) < cfg.dropout
         told = torch.where(drop, nothing, ids[k])
         return flow_loss(pipe, latents[k].to(device), told.to(device), g, cfg.shift, empty)
     nets = nn.ModuleDict({k: getattr(pipe, k) for k in ("transformer", "text_encoder", "text_encoder_2")})
-    about = {"size": images.shape[-1], "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
+    about = {"size": images.shape[-1], "data": data_sha256(images),
+             "tokens": hashlib.sha256(ids.numpy().tobytes()).hexdigest()}
     fit(nets, loss, out, cfg, about)
     nets.eval()
-    if processes()[0] == 0: save_pipeline(pipe, Path(out) / "pipeline")
+    if run.is_main_process: save_pipeline(pipe, Path(out) / "pipeline")
     return pipe
