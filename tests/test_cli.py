@@ -290,7 +290,6 @@ def test_help_names_the_defaults_of_config(capsys):
     assert PRESETS["sd3"]["rank"] == flags["rank"] and not any("steps" in PRESETS[name] for name in ("t4", "sd3"))
 
 
-@pytest.mark.slow
 def test_python_m_is_the_command():
     by_module, by_name = (subprocess.run([*command, "--help"], capture_output=True, text=True) for command in
                           ([sys.executable, "-m", "unlearn_nb"], [Path(sys.executable).parent/"unlearn_nb"]))

@@ -2,6 +2,7 @@
 import random
 import threading
 import zipfile
+from dataclasses import replace
 from io import BytesIO
 
 import ipywidgets
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from test_unlearn import TINY, tiny
-from unlearn_nb import studio as room
+from unlearn_nb import studio as module
 from unlearn_nb.files import fingerprint
 from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.studio import (EDITS, Stopped, Studio, Upload, View, Worker, curve, live, mask_from_cells, png,
@@ -24,7 +25,7 @@ from unlearn_nb.weights import WEIGHTS
 def noise(size, seed=0): return Image.frombytes("RGB", size, random.Random(seed).randbytes(3*size[0]*size[1]))
 
 
-def ready(steps=3, **kw):
+def ready():
     "A studio of a tiny model, with a picture and a surrogate."
     s = Studio(tiny(), seed=5, cfg=TINY, many=3)
     s.gallery()
@@ -52,11 +53,7 @@ def test_a_seam_shows_before_at_its_left_and_after_at_its_right(w, h, at):
     assert swipe(a, b, 0).tobytes() == b.tobytes() and swipe(a, b, 1).tobytes() == a.tobytes()
 
 
-def test_a_seam_wants_two_pictures_of_one_size():
-    with pytest.raises(ValueError, match="of one size"): swipe(noise((4, 4)), noise((5, 4)), .5)
-
-
-@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=4), st.sampled_from([8, 32, 64]))
+@given(st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=4, max_size=4), st.sampled_from([8, 64]))
 def test_a_mask_of_cells_is_white_where_they_are_on(cells, size):
     if not any(map(any, cells)):
         with pytest.raises(ValueError, match="no cell is on"): mask_from_cells(cells, size)
@@ -64,7 +61,9 @@ def test_a_mask_of_cells_is_white_where_they_are_on(cells, size):
     mask, step = mask_from_cells(cells, size, feather=0), size//4
     assert mask.size == (size, size) and mask.mode == "L"
     for r, row in enumerate(cells):
-        for c, on in enumerate(row): assert set(mask.crop((c*step, r*step, (c + 1)*step, (r + 1)*step)).tobytes()) == {255*on}
+        for c, on in enumerate(row):
+            cell = mask.crop((c*step, r*step, (c + 1)*step, (r + 1)*step))
+            assert set(cell.tobytes()) == {255*on}
 
 
 def test_a_shaded_picture_is_itself_where_the_mask_is_black():
@@ -76,7 +75,8 @@ def test_a_shaded_picture_is_itself_where_the_mask_is_black():
 
 def test_png_enlarges_by_whole_pixels():
     picture = noise((3, 2))
-    with Image.open(BytesIO(png(picture, 4))) as out: assert out.size == (12, 8) and out.resize((3, 2), Image.Resampling.NEAREST).tobytes() == picture.tobytes()
+    with Image.open(BytesIO(png(picture, 4))) as out:
+        assert out.size == (12, 8) and out.resize((3, 2), Image.Resampling.NEAREST).tobytes() == picture.tobytes()
 
 
 def test_every_weight_has_a_curve_of_its_own():
@@ -85,55 +85,50 @@ def test_every_weight_has_a_curve_of_its_own():
 
 
 def test_live_is_drawn_before_the_first_step_and_for_methods_that_log_little():
-    assert live([], 5).size == live([{"forget": .1, "retain": .2, "cosine": -.3, "ratio": None}], 5).size == live([{"forget": .1}], 5).size
+    logs = [], [{"forget": .1}], [{"forget": .1, "retain": .2, "cosine": -.3, "ratio": None}]
+    assert len({live(log, 5).size for log in logs}) == 1
 
 
 # --- uploads ---
 
-FORMS = {7: lambda name, data: {name: {"metadata": {"size": len(data)}, "content": data}}, 8: lambda name, data: ({"name": name, "content": memoryview(data)},)}
-
-
-@pytest.mark.parametrize("version", FORMS)
-def test_upload_of_both_ipywidgets(version):
-    mask = Image.new("L", (16, 16), 255)
-    assert read_mask(Upload(FORMS[version]("all.png", png(mask))), 8).getextrema() == (255, 255)
-    with pytest.raises(ValueError, match="'notes.txt' is not a picture"): read_mask(Upload(FORMS[version]("notes.txt", b"no picture")), 8)
-
-
-@pytest.mark.parametrize("empty", [{}, ()])
-def test_upload_of_nothing(empty):
-    with pytest.raises(ValueError, match="no file was uploaded yet"): Upload(empty)
+def test_uploads_of_both_ipywidgets():
+    of_7 = lambda name, data: {name: {"metadata": {"size": len(data)}, "content": data}}
+    of_8 = lambda name, data: ({"name": name, "content": memoryview(data)},)
+    for form, empty in ((of_7, {}), (of_8, ())):
+        mask = read_mask(Upload(form("all.png", png(Image.new("L", (16, 16), 255)))), 8)
+        assert mask.getextrema() == (255, 255)
+        with pytest.raises(ValueError, match="'notes.txt' is not a picture"):
+            read_mask(Upload(form("notes.txt", b"no picture")), 8)
+        with pytest.raises(ValueError, match="no file was uploaded yet"): Upload(empty)
 
 
 # --- the plain half ---
 
 def test_what_cannot_be_done_yet_is_refused_with_what_to_do_first():
     s = Studio(tiny(), cfg=TINY, many=2)
-    with pytest.raises(ValueError, match="not in the gallery; show it first"): s.choose(0)
-    for act in (lambda: s.edit("inpaint"), s.run):
-        with pytest.raises(ValueError, match="no picture is chosen yet"): act()
+    def refused(match, *acts):
+        for act in acts:
+            with pytest.raises(ValueError, match=match): act()
+    refused("not in the gallery; show it first", lambda: s.choose(0))
+    refused("no picture is chosen yet", lambda: s.edit("inpaint"), s.run)
     s.gallery()
     s.choose(1)
-    with pytest.raises(ValueError, match="no surrogate yet"): s.run()
-    for act in (s.apply, s.remove, s.compare, lambda: s.save("x")):
-        with pytest.raises(ValueError, match="no hotfix yet; run first"): act()
+    refused("no surrogate yet", s.run)
+    refused("no hotfix yet; run first", s.apply, s.remove, s.compare, lambda: s.save("x"))
+    refused("of one size", lambda: swipe(noise((4, 4)), noise((5, 4)), .5), lambda: s.edit(noise((9, 8))))
+    refused("give prompt=", lambda: module.studio("flags"))
+    refused("no model 'nobody'", lambda: module.studio("nobody"))
 
 
-@pytest.mark.parametrize("name", EDITS)
-def test_every_edit_stays_inside_the_mask(name):
+def test_edits_stay_inside_the_mask_and_a_picture_made_elsewhere_is_taken():
     s = ready()
     s.mask = mask_from_cells([[True, False]], 8, feather=0)
-    s.edit(name, 1)
-    assert s.surrogate.size == s.image.size and s.found.background == float("inf")
-
-
-def test_a_surrogate_made_elsewhere():
-    s = ready()
+    for name in EDITS:
+        s.edit(name, 1)
+        assert s.surrogate.size == s.image.size and s.found.background == float("inf"), name
     s.edit(noise((8, 8)))
-    assert s.surrogate.tobytes() == noise((8, 8)).tobytes()
-    before = s.surrogate
     with pytest.raises(ValueError, match="of one size"): s.edit(noise((9, 8)))
-    assert s.surrogate is before
+    assert s.surrogate.tobytes() == noise((8, 8)).tobytes()
 
 
 def test_a_run_leaves_the_model_and_the_random_numbers_as_they_were(one_thread):
@@ -165,32 +160,30 @@ def test_apply_and_remove_bit_for_bit(ran):
     with pytest.raises(ValueError, match="not applied"): ran.remove()
 
 
-def test_save_writes_a_hotfix_and_its_zip(ran, tmp_path):
+def test_save_writes_a_hotfix_and_its_zip_and_nothing_over_something_else(ran, tmp_path):
     for _ in range(2): packed = ran.save(tmp_path/"fix")   # and again over itself
-    assert Hotfix.load(tmp_path/"fix").id == ran.hotfix.id
     with zipfile.ZipFile(packed) as z: z.extractall(tmp_path/"elsewhere")
-    assert Hotfix.load(tmp_path/"elsewhere").id == ran.hotfix.id
-
-
-def test_save_refuses_a_folder_of_something_else(ran, tmp_path):
-    (tmp_path/"thesis.tex").touch()
-    for bad in (tmp_path, tmp_path/"thesis.tex"):
+    for name in ("fix", "elsewhere"): assert Hotfix.load(tmp_path/name).id == ran.hotfix.id
+    before = sorted(tmp_path.rglob("*"))
+    for bad in (tmp_path, packed):
         with pytest.raises(ValueError, match="holds something else"): ran.save(bad)
     with pytest.raises(ValueError, match="the folder has no name"): ran.save(" ")
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 # --- the thread ---
 
-@pytest.mark.parametrize("e, said", [
-    (ValueError("so it is\n not"), "so it is not"), (OSError(28, "No space left on device"), "No space left on device"), (Stopped(), "stopped; the model is as it was"),
-    (RuntimeError("out of memory"), "this failed (RuntimeError: out of memory); the model is as it was")])
-def test_errors_are_sentences(e, said): assert sentence(e) == said
+def test_errors_are_sentences():
+    for e, said in ((ValueError("so it is\n not [B, 3]"), "so it is not [B, 3]"),
+                    (OSError(28, "No space left on device"), "No space left on device"),
+                    (Stopped(), "stopped; the model is as it was"),
+                    (RuntimeError("no memory"), "this failed (RuntimeError: no memory); the model is as it was")):
+        assert sentence(e) == said
 
 
-@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("after", [0, 2])
 def test_stop_brings_the_model_back(after, one_thread):
-    "Pressed while the pictures that must stay are made, and after the first and second step."
+    "Pressed while the pictures that must stay are made, and after the second step."
     s, said = ready(), []
     base, wanted = fingerprint(s.model), [p.requires_grad for p in s.model.net.parameters()]
     worker = Worker(s.model.net, said.append)
@@ -225,7 +218,8 @@ def test_an_error_in_the_thread_is_a_sentence_and_frees_the_buttons():
     worker = Worker(model.net, said.append, states.append)
     worker.start(lambda: 1/0)
     worker.thread.join()
-    assert said == ["this failed (ZeroDivisionError: division by zero); the model is as it was"] and states == [True, False]
+    assert said == ["this failed (ZeroDivisionError: division by zero); the model is as it was"]
+    assert states == [True, False]
 
 
 # --- the widget ---
@@ -258,7 +252,11 @@ def hand(): return Hand(View(Studio(tiny(), seed=5, cfg=TINY, many=3)))
 
 
 def test_the_whole_path_by_clicks(hand, tmp_path):
-    view, base = hand.view, fingerprint(hand.view.studio.model)
+    "And an image is shown only when it has something to show."
+    view, base, bare = hand.view, fingerprint(hand.view.studio.model), []
+    hidden = [i for i, _, _ in view.shown if i.layout.display == "none"]
+    def look(change, i): bare.extend([i] * (change.new is None and not i.value))
+    for i in hidden: i.layout.observe(lambda change, i=i: look(change, i), "display")
     assert "no picture is chosen yet" in hand("make the surrogate")
     assert "seeds 8 to 10" in hand("show others") and "forget" in view.buttons["forget 5"].description
     assert hand("forget 6").startswith("seed 9 is to be forgotten")
@@ -271,17 +269,10 @@ def test_the_whole_path_by_clicks(hand, tmp_path):
     named(view, "folder").value = str(tmp_path/"fix")
     assert hand("save").startswith("written to ") and Hotfix.load(tmp_path/"fix").id == view.studio.hotfix.id
     assert any("data:application/zip" in w.value for w in inside(view) if isinstance(w, ipywidgets.HTML))
-    assert hand("apply") == "the hotfix is on the model" and "already applied" in hand("apply") and "remove it first" in hand("run")
+    assert hand("apply") == "the hotfix is on the model" and "already applied" in hand("apply")
+    assert "remove it first" in hand("run")
     assert hand("remove").startswith("the hotfix is off") and fingerprint(view.studio.model) == base
-    assert hand.seen() == len(view.shown)
-
-
-def test_an_image_is_shown_only_with_what_it_shows(hand):
-    view, bare = hand.view, []
-    hidden = [i for i, _, _ in view.shown if i.layout.display == "none"]
-    for i in hidden: i.layout.observe(lambda change, i=i: bare.append(i) if change.new is None and not i.value else None, "display")
-    for name in ("show others", "forget 5", "make the surrogate", "run"): hand(name)
-    assert len(hidden) >= 3 and all(i.layout.display is None for i in hidden) and not bare
+    assert hand.seen() == len(view.shown) and len(hidden) >= 3 and not bare
 
 
 def test_masks_by_clicks(hand):
@@ -313,20 +304,11 @@ def test_while_a_job_runs_what_touches_the_model_is_disabled(hand):
     go.set()
     view.worker.thread.join()
     assert not any(w.disabled for w in view.locked) and view.halt.disabled and hand.said() == "done"
-
-
-def test_sentences_cannot_be_markup(hand):
-    hand.view.tell("<img src=x>")
-    assert "<img" not in hand.view.said.value
+    view.tell("<img src=x>")   # sentences cannot be markup
+    assert "<img" not in view.said.value
 
 
 def test_a_setting_of_ones_own_is_kept():
-    from dataclasses import replace
     def mine(snr): return snr.sqrt()
     view = View(Studio(tiny(), cfg=replace(TINY, weight=mine), many=2))
     assert view.studio.cfg.weight is mine and named(view, "weight").label == "mine"
-
-
-def test_a_model_with_words_wants_a_prompt():
-    with pytest.raises(ValueError, match="give prompt="): room.studio("flags")
-    with pytest.raises(ValueError, match="no model 'nobody'"): room.studio("nobody")

@@ -256,6 +256,8 @@ def hair_front(i, s):
         out.append(("hair", stroke(graph(-.42, .42, lambda x: -.88 + .14 * x * x), .07), tint(colour, .2)))
     return out
 
+# %% ../nbs/00_faces.ipynb #fc000003
+#| code-fold: true
 def glasses(i, s):
     if i.glasses == "none": return []
     d, y, r = .26 + .13 * i.eye_distance, .13 - .26 * i.eye_height, 1.28 * (.12 + .09 * i.eye_size) + .06

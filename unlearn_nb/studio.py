@@ -454,9 +454,9 @@ def surrogate_tab(view):
 # %% ../nbs/workshop/studio.ipynb #d1015c07
 #| code-fold: true
 def choice(name, table, value):
-    "A slider over the names of a table, and the value itself, if it is none of them."
+    "A slider over the names of a table, aliases left out, and the value itself, if it is none of them."
     own = [(getattr(value, "__name__", "my own"), value)] * (value not in table)
-    return W.SelectionSlider(options=[(key, key) for key in table] + own, value=value, description=name,
+    return W.SelectionSlider(options=[(key, key) for key in table if key == table[key].__name__] + own, value=value, description=name,
                              continuous_update=False)
 
 def method_box(view):
