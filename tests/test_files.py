@@ -84,7 +84,7 @@ while True:
 
 
 def test_killed_while_writing_the_file_is_whole(tmp_path):
-    "SIGKILL at arbitrary moments of writing two versions in turn: the file is one of them, the next write comes through."
+    "SIGKILL at any moment of writing two versions in turn: the file is one of them, the next write comes through."
     file, rng = tmp_path/'x', random.Random(0)
     write(file, b'\0' * 3_000_000)
     for _ in range(6):

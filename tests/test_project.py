@@ -196,7 +196,8 @@ def test_lines_are_narrow():
     "At most 120 characters in modules and tests (the notebooks have a rule of their own)."
     files = [*(PACKAGE/f'{m}.py' for m in MODULES), *(ROOT/'tests').glob('*.py')]
     lines = [(f'{f.name}:{n}', l) for f in files for n, l in enumerate(f.read_text(encoding='utf-8').split('\n'), 1)]
-    wide = [where for where, l in lines if len(l) > 120 and not l.startswith('#|')]
+    made = ('#|', '__all__ = ')   # words for figures, which stay on one line; and what nbdev writes
+    wide = [where for where, l in lines if len(l) > 120 and not l.startswith(made)]
     assert not wide, wide
 
 

@@ -47,7 +47,8 @@ def tiny_net(channels=3, size=8, **config):
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return UNet2DModel(**dict(
-            sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1, block_out_channels=(8, 16),
+            sample_size=size, in_channels=channels, out_channels=channels, layers_per_block=1,
+            block_out_channels=(8, 16),
             norm_num_groups=4, down_block_types=('DownBlock2D',)*2, up_block_types=('UpBlock2D',)*2) | config).eval()
 
 

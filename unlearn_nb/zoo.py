@@ -65,6 +65,7 @@ def configs(folder):
         raise ValueError(f"the net in {str(net)!r} wants a class for each picture; {fits}")
     return net, config, read_json(scheduler / SCHEDULER)
 
+# %% ../nbs/workshop/zoo.ipynb #8f032427
 def make_scheduler(config):
     "The scheduler that a config names; any class of diffusers that `Denoiser` takes."
     name = str(config.get("_class_name"))
@@ -197,6 +198,7 @@ def read_model(place, kind, dtype=torch.float32, where=None, ours=True):
         raise ValueError(f"{bad[0]} in {str(where)!r} holds numbers that are not finite; get the weights again")
     return model.eval()
 
+# %% ../nbs/workshop/zoo.ipynb #0fb2454f
 def read_folder(folder, device="cpu", dtype=None, without=(), empty=None):
     """The parts of a diffusers folder, for `Denoiser`: an unconditional DDPM, or one of `PIPELINES`.
 
@@ -260,6 +262,7 @@ def is_whole(folder, part):
     wanted = ("tokenizer.json", "vocab.json", "*.model") if part.startswith("tokenizer") else ("*.json",)
     return any(any((folder / part).glob(f)) for f in wanted)
 
+# %% ../nbs/workshop/zoo.ipynb #b852a9f1
 def read_parts(folder, parts, device, dtype):
     """{name: model} of the parts of a pipeline that have weights. ValueError if one is not there, or not whole.
 
@@ -337,6 +340,7 @@ def refusal(name, revision, pin, e):
                            f"{weights}) in a folder and give the path of the folder; the built-in {BUILTIN[0]!r} works "
                            "without network")
 
+# %% ../nbs/workshop/zoo.ipynb #faf63051
 def fetch(name, revision=None, download=snapshot_download, without=()):
     """The local folder of a hub model; its name is the commit. Known models come from the commit in `PINS`.
 
