@@ -249,6 +249,8 @@ def test_a_sentence_arrives_whole():
                               (ValueError("[Errno 28] is said here"), "[Errno 28] is said here", 2),
                               (OSError(28, "No space left on device"), "No space left on device", 2),
                               (FileNotFoundError(2, "a] b"), "a] b", 2), (OSError("no number"), "no number", 2),
+                              (OSError(13, "'x' could not be written", ".x.part"), "'x' could not be written", 2),
+                              (OSError(13, "Permission denied", "/x"), "Permission denied: '/x'", 2),
                               (ConnectionError("no network"), "no network", 2),
                               (FloatingPointError("nan"), "nan", 1), (click.UsageError("how"), "how", 2)):
         assert sentence(error) == (said, code)

@@ -138,6 +138,12 @@ def its_links_and_images_are_there(nb):
         if not there or foreign: yield f'{target} leads nowhere'
 
 
+def its_numbers_are_those_of_the_files(nb):
+    link = r'\[(?:[Ll]essons? |[Tt]utorial )?(\d\d)\]\((?:\.\./|tutorials/)*(\d\d)_'
+    for said, file in re.findall(link, '\n'.join(nb.text)):
+        if said != file: yield f'a link says {said} and leads to {file}'
+
+
 def it_names_no_old_word(nb):
     for s in nb.text + [source(c) for c in nb.code]:
         yield from (f'{m!r} has another name now' for m in re.findall(OLD, s))

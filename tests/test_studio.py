@@ -176,6 +176,8 @@ def test_save_writes_a_hotfix_and_its_zip_and_nothing_over_something_else(ran, t
 def test_errors_are_sentences():
     for e, said in ((ValueError("so it is\n not [B, 3]"), "so it is not [B, 3]"),
                     (OSError(28, "No space left on device"), "No space left on device"),
+                    (OSError(13, "Permission denied", "/x"), "Permission denied: '/x'"),
+                    (ConnectionError("no network"), "no network"),
                     (Stopped(), "stopped; the model is as it was"),
                     (RuntimeError("no memory"), "this failed (RuntimeError: no memory); the model is as it was")):
         assert sentence(e) == said
@@ -308,7 +310,10 @@ def test_while_a_job_runs_what_touches_the_model_is_disabled(hand):
     assert "<img" not in view.said.value
 
 
-def test_a_setting_of_ones_own_is_kept():
+def test_a_setting_of_ones_own_is_kept_and_so_is_another_name_of_a_rule():
     def mine(snr): return snr.sqrt()
-    view = View(Studio(tiny(), cfg=replace(TINY, weight=mine), many=2))
+    view = View(Studio(tiny(), cfg=replace(TINY, weight=mine, surgery="pcgrad"), many=2))
     assert view.studio.cfg.weight is mine and named(view, "weight").label == "mine"
+    assert view.studio.cfg.surgery == named(view, "surgery").label == "pcgrad"
+    labels = [label for label, _ in named(View(Studio(tiny(), cfg=TINY, many=2)), "surgery").options]
+    assert TINY.surgery in labels and not {"pcgrad", "agem", "gradvac"} & set(labels)

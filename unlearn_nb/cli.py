@@ -6,6 +6,7 @@
 __all__ = ['new_folder', 'parse_seeds', 'forget_one', 'cli', 'demo', 'forget', 'sample', 'train', 'bench', 'leaderboard', 'main']
 
 # %% ../nbs/workshop/cli.ipynb #d10159c7
+import os
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -268,11 +269,15 @@ STOPPED = ("stopped; nothing was written but the --checkpoint file, if one was g
            "command goes on from there")
 
 def sentence(e):
-    "(what is said of an error, exit code). The number of an OSError, [Errno 28], says nothing to people."
+    """(what is said of an error, exit code).
+
+    The number of an OSError, [Errno 28], says nothing to people; the file that the system names does."""
     if isinstance(e, click.Abort): return STOPPED, 130
     if isinstance(e, click.ClickException): return e.format_message(), e.exit_code
     if isinstance(e, FloatingPointError): return str(e), 1
-    return (e.strerror if isinstance(e, OSError) and e.strerror else str(e)), 2
+    if not (isinstance(e, OSError) and e.strerror): return str(e), 2
+    bare = e.filename is not None and e.strerror == os.strerror(e.errno)
+    return f"{e.strerror}: {e.filename!r}" if bare else e.strerror, 2
 
 # %% ../nbs/workshop/cli.ipynb #b14018d2
 def main(args=None):

@@ -7,6 +7,7 @@ __all__ = ['EDITS', 'NEEDS', 'png', 'mask_from_cells', 'shade', 'Upload', 'curve
            'sentence', 'Worker', 'View', 'studio']
 
 # %% ../nbs/workshop/studio.ipynb #89653cad
+import os
 import shutil
 import threading
 import time
@@ -269,7 +270,10 @@ def sentence(e):
     text = " ".join(str(e).split())
     if isinstance(e, Stopped): return "stopped; the model is as it was"
     if isinstance(e, (ValueError, FloatingPointError)): return text
-    if isinstance(e, OSError): return e.strerror or text   # without its number, [Errno 28]
+    if isinstance(e, OSError) and e.strerror:   # without its number, [Errno 28], but with its file
+        bare = e.filename is not None and e.strerror == os.strerror(e.errno)
+        return f"{e.strerror}: {e.filename!r}" if bare else e.strerror
+    if isinstance(e, OSError): return text
     return f"this failed ({type(e).__name__}: {text[:200]}); the model is as it was"
 
 class Worker:
@@ -458,8 +462,9 @@ def surrogate_tab(view):
 #| code-fold: true
 def choice(name, table, value):
     "A slider over the names of a table, aliases left out, and the value itself, if it is none of them."
-    own = [(getattr(value, "__name__", "my own"), value)] * (value not in table)
     names = [(key, key) for key in table if key == table[key].__name__]
+    label = value if isinstance(value, str) else getattr(value, "__name__", "my own")
+    own = [(label, value)] * ((value, value) not in names)
     return W.SelectionSlider(options=names + own, value=value, description=name, continuous_update=False)
 
 def method_box(view):
