@@ -53,10 +53,10 @@ def readme(notebook=ROOT/'nbs'/'index.ipynb'):
 
 
 def shown(notebook, call, kind):
-    "What a notebook shows, as this MIME type, in the one cell whose last line begins with this call."
+    "What a notebook shows, as this MIME type, in the one cell whose last expression is this call."
     cells = json.loads((ROOT/'nbs'/notebook).read_text(encoding='utf-8'))['cells']
-    last = [(''.join(c['source']).strip().split('\n')[-1], c) for c in cells]
-    found = [o['data'][kind] for line, c in last if line.startswith(call) for o in c['outputs']]
+    def calls(cell): return re.search(rf'^{re.escape(call)}[^\n]*(\n +[^\n]*)*\Z', ''.join(cell['source']).strip(), re.M)
+    found = [o['data'][kind] for c in cells if c['cell_type'] == 'code' and calls(c) for o in c['outputs']]
     if len(found) != 1: raise ValueError(f'{notebook} shows {len(found)} outputs of {call}; expected one: run it')
     return ''.join(found[0])
 
