@@ -55,8 +55,9 @@ def readme(notebook=ROOT/'nbs'/'index.ipynb'):
 def shown(notebook, call, kind):
     "What a notebook shows, as this MIME type, in the one cell whose last expression is this call."
     cells = json.loads((ROOT/'nbs'/notebook).read_text(encoding='utf-8'))['cells']
-    def calls(cell): return re.search(rf'^{re.escape(call)}[^\n]*(\n +[^\n]*)*\Z', ''.join(cell['source']).strip(), re.M)
-    found = [o['data'][kind] for c in cells if c['cell_type'] == 'code' and calls(c) for o in c['outputs']]
+    last = re.compile(rf'^{re.escape(call)}[^\n]*(\n +[^\n]*)*\Z', re.M)
+    code = [c for c in cells if c['cell_type'] == 'code' and last.search(''.join(c['source']).strip())]
+    found = [o['data'][kind] for c in code for o in c['outputs']]
     if len(found) != 1: raise ValueError(f'{notebook} shows {len(found)} outputs of {call}; expected one: run it')
     return ''.join(found[0])
 
