@@ -40,7 +40,7 @@ def output(out, alt):
 def cell_blocks(cell):
     "The markdown blocks of one cell; a cell marked `#| hide` has none."
     source = ''.join(cell['source'])
-    if cell['cell_type'] == 'markdown': return [relink(source)]
+    if cell['cell_type'] == 'markdown': return [relink(re.sub(r'\n+- pagetitle: .*', '', source))]
     if cell['cell_type'] != 'code' or re.search(r'^#\|\s*hide\s*$', source, re.M): return []
     code, alt = re.sub(r'^#\|.*\n?', '', source, flags=re.M).strip(), re.search(r'^#\| fig-alt: "(.*)"', source, re.M)
     return ([fenced(code, 'python')] if code else []) + [output(o, alt and alt[1]) for o in cell['outputs']]

@@ -28,11 +28,10 @@ def shown(cell):
 def is_exported(cell): return cell['cell_type'] == 'code' and EXPORTED.search(''.join(cell['source'])) is not None
 
 
-def places(names):
-    "A cell without anything to see, at which links to the names arrive."
+def places(names, before):
+    "A cell without anything to see before another, at which links to the names arrive."
     spans = ''.join(f'<span id="{escape(name.lower())}"></span>' for name in names)
-    where = 'at-' + re.sub(r'\W', '-', names[0].lower())[:60]
-    return {'cell_type': 'markdown', 'id': where, 'metadata': {}, 'source': [spans]}
+    return {'cell_type': 'markdown', 'id': f"at-{before['id']}", 'metadata': {}, 'source': [spans]}
 
 
 def with_code(cells, original):
@@ -48,7 +47,8 @@ def with_code(cells, original):
             told = [shown(c) for c in left if (shown(c) or '').split('.')[-1] in names]
             left = [c for c in left if shown(c) not in told or not shown(c)]
             source = EXPORTED.sub('', code, count=1).splitlines(keepends=True)
-            out += [places(told)] * bool(told) + [{**cell, 'execution_count': None, 'outputs': [], 'source': source}]
+            if told: out.append(places(told, cell))
+            out.append({**cell, 'execution_count': None, 'outputs': [], 'source': source})
     return out + left
 
 

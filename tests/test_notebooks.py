@@ -43,8 +43,8 @@ def it_lies_in_its_place(nb):
 
 def it_begins_as_all_do(nb):
     title, its_badge, its_setup = nb.cells[:3]
-    if not re.fullmatch(r'# \S[^\n]*\n+> \S[^\n]*', source(title).strip()):
-        yield 'the first cell is `# Title` and `> description`, nothing else'
+    if not re.fullmatch(r'# \S[^\n]*\n+> \S[^\n]*(\n+- pagetitle: [^\n]*)?', source(title).strip()):
+        yield 'the first cell is `# Title` and `> description`, nothing else (but a title for the browser)'
     if source(its_badge).strip() != badge(nb.path): yield 'run: python tests/make_setup.py (badge)'
     if source(its_setup).strip() != setup() or its_setup['outputs']:
         yield 'run: python tests/make_setup.py (setup cell)'
