@@ -13,6 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 EXPORTED = re.compile(r'^#\|\s*exporti?\s*\n', re.M)
 DOC_LINK = re.compile(r'\[(`[^`]+`)\]\(([^()\s]*/([\w/]+\.html)#([\w.]+))\)')
+NESTED = re.compile(r'\[\[(`[^`]+`)\]\([^()\s]*\)\]\(')   # a link of nbdev's inside one of ours
 BADGE = re.compile(r'^\[!\[([^\]]*)\]\((\S+)\)\]\((\S+)\)$')
 
 
@@ -56,6 +57,7 @@ def mend(text, page, documented):
     "Markdown of a page with links to documented names only, the page's own first, and its badge as one."
     if badge := BADGE.match(text.strip()):
         return f'<p class="badge-colab"><a href="{badge[3]}"><img src="{badge[2]}" alt="{badge[1]}"></a></p>'
+    text = NESTED.sub(r'[\1](', text)
     def link(m):
         if m[4] in documented[page]: return f'[{m[1]}](#{m[4]})'
         return m[0] if m[4] in documented.get(m[3].rsplit('/', 1)[-1], ()) else m[1]

@@ -158,7 +158,8 @@ def test_pages_are_mended(tmp_path):
     code = nbformat.v4.new_code_cell('#| export\n#| code-fold: true\ndef draw(): pass')
     badge = nbformat.v4.new_markdown_cell('[![Open In Colab](https://x.org/b.svg)](https://x.org/n.ipynb)')
     names = ('faces', 'draw'), ('faces', 'grid'), ('flags', 'spoil'), ('workshop/zoo', 'load')
-    said = nbformat.v4.new_markdown_cell(' '.join(at(*name) for name in names))
+    nested = f'[{at("faces", "draw")}](00_faces.ipynb)'
+    said = nbformat.v4.new_markdown_cell(' '.join([*(at(*name) for name in names), nested]))
     pages = {'00_faces': [doc('draw'), doc('grid')], '12_flags': [badge, said, doc('draw')],
              'workshop/zoo': [doc('load')]}
     for folder, of in ((tmp_path/'_proc', pages), (tmp_path/'nbs', pages | {'12_flags': [badge, said, code]})):
@@ -167,7 +168,8 @@ def test_pages_are_mended(tmp_path):
             nbformat.write(nbformat.v4.new_notebook(cells=cells), folder/f'{name}.ipynb')
     mend_pages(tmp_path/'_proc', tmp_path/'nbs')
     badge, said, place, drawn = nbformat.read(tmp_path/'_proc'/'12_flags.ipynb', 4).cells
-    assert said.source == f'[`draw`](#draw) {at("faces", "grid")} `spoil` {at("workshop/zoo", "load")}'
+    links = f'[`draw`](#draw) {at("faces", "grid")} `spoil` {at("workshop/zoo", "load")}'
+    assert said.source == f'{links} [`draw`](00_faces.ipynb)'
     assert place.source == '<span id="draw"></span>' and drawn.source == '#| code-fold: true\ndef draw(): pass'
     assert badge.source.startswith('<p class="badge-colab"><a href="https://x.org/n.ipynb">')
 
