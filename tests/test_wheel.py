@@ -7,6 +7,7 @@ from importlib.metadata import PathDistribution
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from conftest import ROOT, source_files
 
@@ -66,12 +67,12 @@ def test_licence(site, papers):
 
 def test_metadata_says_what_settings_say(papers):
     metadata = papers.metadata
-    told = [metadata[k] for k in ('Name', 'Version', 'Summary')]
-    assert told == [SETTINGS[k] for k in ('lib_name', 'version', 'description')]
+    told = [canonicalize_name(metadata['Name']), metadata['Version'], metadata['Summary']]
+    assert told == [canonicalize_name(SETTINGS['lib_name']), SETTINGS['version'], SETTINGS['description']]
     urls = dict(line.split(', ') for line in metadata.get_all('Project-URL'))
     assert urls['Source'] == SETTINGS['git_url'] and urls['Documentation'].startswith(SETTINGS['doc_host'])
     assert metadata['Requires-Python'] == f">={SETTINGS['min_python']}"
-    def plain(rs): return sorted((r.name, str(r.specifier)) for r in rs)
+    def plain(rs): return sorted((canonicalize_name(r.name), str(r.specifier)) for r in rs)
     requires = [Requirement(r) for r in papers.requires]
     assert plain(r for r in requires if not r.marker) == plain(map(Requirement, SETTINGS['requirements'].split()))
     dev = [r for r in requires if r.marker and r.marker.evaluate({'extra': 'dev'})]

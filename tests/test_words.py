@@ -212,7 +212,7 @@ def test_stock_diffusers_loads_a_saved_lora_and_gives_the_same_pictures(kind, da
     ours = d.pixels(d.sample(seeds, 5, prompt='red flag'))/2 + .5
     hotfix.remove(d)
     assert torch.equal(stock(pipe, seeds, 'red flag'), was)
-    pipe.load_lora_weights(tmp_path)
+    pipe.load_lora_weights(tmp_path, weight_name="hotfix.safetensors")
     try:
         theirs = stock(pipe, seeds, 'red flag')
         pipe.set_adapters(pipe.get_active_adapters(), 0.)
