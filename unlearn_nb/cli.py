@@ -6,7 +6,6 @@
 __all__ = ['new_folder', 'parse_seeds', 'forget_one', 'cli', 'demo', 'forget', 'sample', 'train', 'bench', 'leaderboard', 'main']
 
 # %% ../nbs/workshop/cli.ipynb #d10159c7
-import os
 import shutil
 import tempfile
 from contextlib import contextmanager
@@ -269,15 +268,12 @@ STOPPED = ("stopped; nothing was written but the --checkpoint file, if one was g
            "command goes on from there")
 
 def sentence(e):
-    """(what is said of an error, exit code).
-
-    The number of an OSError, [Errno 28], says nothing to people; the file that the system names does."""
+    "(what is said of an error, exit code)."
     if isinstance(e, click.Abort): return STOPPED, 130
     if isinstance(e, click.ClickException): return e.format_message(), e.exit_code
     if isinstance(e, FloatingPointError): return str(e), 1
-    if not (isinstance(e, OSError) and e.strerror): return str(e), 2
-    bare = e.filename is not None and e.strerror == os.strerror(e.errno)
-    return f"{e.strerror}: {e.filename!r}" if bare else e.strerror, 2
+    from unlearn_nb.files import os_sentence
+    return os_sentence(e) if isinstance(e, OSError) else str(e), 2
 
 # %% ../nbs/workshop/cli.ipynb #b14018d2
 def main(args=None):

@@ -30,9 +30,9 @@ def step_generator(seed, step):
     "The CPU generator of step number `step` of a run: all randomness of that step comes from it."
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
-def stratified(n, g):
+def stratified(n, g, dtype=torch.float32):
     "n numbers [n] in [0, 1), rising: one drawn from each of n equal parts, with the generator g."
-    return (torch.arange(n) + torch.rand(n, generator=g)) / n
+    return (torch.arange(n) + torch.rand(n, generator=g, dtype=dtype)) / n
 
 # %% ../nbs/01_schedule.ipynb #dc14bcb6
 TARGET = {

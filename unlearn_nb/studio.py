@@ -7,7 +7,6 @@ __all__ = ['EDITS', 'NEEDS', 'png', 'mask_from_cells', 'shade', 'Upload', 'curve
            'sentence', 'Worker', 'View', 'studio']
 
 # %% ../nbs/workshop/studio.ipynb #89653cad
-import os
 import shutil
 import threading
 import time
@@ -23,6 +22,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from .denoiser import patch, read_image
+from .files import os_sentence
 from .figures import BASE, EDITED, FORGET, RETAIN, SURROGATE, png_bytes, strip, to_image
 from .surgery import RULES
 from .surrogates import (canvas, check, compose, ellipse, inpaint, neighbour, propose, read_mask, rectangle,
@@ -270,10 +270,7 @@ def sentence(e):
     text = " ".join(str(e).split())
     if isinstance(e, Stopped): return "stopped; the model is as it was"
     if isinstance(e, (ValueError, FloatingPointError)): return text
-    if isinstance(e, OSError) and e.strerror:   # without its number, [Errno 28], but with its file
-        bare = e.filename is not None and e.strerror == os.strerror(e.errno)
-        return f"{e.strerror}: {e.filename!r}" if bare else e.strerror
-    if isinstance(e, OSError): return text
+    if isinstance(e, OSError): return os_sentence(e)
     return f"this failed ({type(e).__name__}: {text[:200]}); the model is as it was"
 
 class Worker:

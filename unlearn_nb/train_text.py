@@ -20,6 +20,7 @@ from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transfo
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, CLIPTokenizer
 
+from .schedule import stratified
 from .train import TrainConfig, accelerator, check_settings, data_sha256, fit
 
 # %% ../nbs/workshop/train_text.ipynb #fb2bc095
@@ -174,7 +175,7 @@ def flow_times(n, shift, g):
     """n noise levels s in (0, 1): a normal number through the logistic curve, then shifted (Esser et al. 2024).
 
     One from each of n equal parts of the normal distribution, drawn with the generator g."""
-    u = ((torch.arange(n) + torch.rand(n, generator=g, dtype=torch.float64)) / n).clamp(1e-6, 1 - 1e-6)
+    u = stratified(n, g, torch.float64).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid(torch.special.ndtri(u)).float()
     return shift * s / (1 + (shift - 1) * s)
 
