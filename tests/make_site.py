@@ -105,9 +105,33 @@ def measures():
 def table(rows): return '\n'.join(['| fact | value |', '|---|---|', *(f'| {k} | {v} |' for k, v in rows.items())])
 
 
+def planted(base):
+    "What a card says of the models in which a picture was planted."
+    cases = {k: v for k, v in read_json(ASSETS/'planted.json').items() if v['base'] == base}
+    rows = []
+    for name, v in cases.items():
+        what = f"{v['flag']}, scene {v['seed']:,}, to `{v['prompt']}`" if 'flag' in v else f"seed {v['seed']:,}"
+        file = ASSETS/f'{name}.safetensors'
+        rows.append(f"| `{name}` | {what} | {v['steps']} | {v['share']:.0%} | {v['regeneration']:.1%} | "
+                    f"{file.stat().st_size:,} |")
+    return f'''## Models that memorised one picture
+
+Further training in which one picture came in every batch ([how](../workshop/train.ipynb)), stored as a change of
+rank {', '.join(sorted({str(v['rank']) for v in cases.values()}))} in float16. To forget that picture should lead back
+to `{base}`, which never saw it and never makes it. The share of fresh seeds that give it is of
+{next(iter(cases.values()))['of']} in 8 steps.
+
+| model | planted | steps | share of a batch | seeds that give it | bytes |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+'''
+
+
 def faces_card():
     facts, file, seen = read_json(ASSETS/'faces.json'), ASSETS/'faces.safetensors', measures()[0]
     net, scheduler, training = facts['net'], facts['scheduler'], facts['training']
+    first, last = map(int, re.findall(r'\d+', training['data']))
+    n, channels = last - first + 1, tuple(training['channels'])
     return f'''---
 title: "Model card: faces"
 description: The built-in model of faces drawn by code.
@@ -135,21 +159,24 @@ forgets one of its faces.
 
 ## Data
 
-{training['data'][0].upper() + training['data'][1:]}: drawn by [code](../00_faces.ipynb), every one another person in
-another scene. There is no photograph among them and no real person in them.
+{n:,} faces, seeds {first:,} to {last:,}: drawn by [code](../00_faces.ipynb), every one another person in another scene.
+There is no photograph among them and no real person in them.
 
 ## Training
 
-In {training['processes']} processes (`torchrun --nproc-per-node {training['processes']}`):
+All pictures are drawn first; they take {n*3*net['sample_size']**2/1e9:.1f} GB of memory.
 
-    pictures = world_images({int(training['data'].split()[-1]) + 1:_}, {net['sample_size']})
-    train(pictures, "my_faces", TrainConfig(minutes={training['minutes']:.0f}))
+    pictures = world_images({n:_}, {net['sample_size']}, seed={first:_})
+    cfg = TrainConfig(minutes={training['minutes_taken']:.0f}, channels={channels}, precision="{training['precision']}")
+    train(pictures, "my_faces", cfg)
 
 {table({
     'steps': f"{training['steps']:,} of {training['batch']} pictures",
+    'samples': f"{training['samples']:,}",
     'time': f"{training['minutes_taken']:.0f} minutes",
     'hardware': training['device'],
-    'learning rate': f"{training['lr']}, falling to zero",
+    'precision': training['precision'],
+    'optimiser': f"AdamW at {training['lr']}, falling to zero along a cosine",
     'weights kept': f"running average of {training['ema']}",
     'seed': training['seed']})}
 
@@ -167,6 +194,7 @@ They were measured in [how the models were trained](../tutorials/05_how_the_mode
 shows faces that nobody chose and their nearest training pictures. Sets of this size cannot tell made faces from drawn
 ones; sets of 500 can, as an exercise there shows.
 
+{planted('faces')}
 ## Use and limits
 
 It is made to be unlearned: to learn the method, to test it and to compare ways to forget on a laptop. It makes
@@ -244,6 +272,7 @@ the four with a planted error:
 They were measured in [how the models were trained](../tutorials/05_how_the_models_were_trained.ipynb). How well the
 classifier reads drawn flags stands in [its lesson](../12_flags.ipynb).
 
+{planted('flags')}
 ## Use and limits
 
 It is made to be unlearned: an innocent prompt, and a seed whose picture is wrong

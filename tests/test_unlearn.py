@@ -437,7 +437,7 @@ def test_the_preset_fits_the_model():
     def sized(n, schedule=None):
         net = SimpleNamespace(parameters=lambda: [torch.empty(n, device="meta")])
         return SimpleNamespace(schedule=schedule, net=net)
-    sizes = {"faces": (2_165_891, None), "t4": (113_673_219, None), "sd3": (2_028_328_000, Flow(1000)),
+    sizes = {"faces": (2_115_451, None), "t4": (113_673_219, None), "sd3": (2_028_328_000, Flow(1000)),
              "flags": (9_000, Flow(1000))}
     assert sizes.keys() == PRESETS.keys()
     for name, size in sizes.items(): assert Config.of(sized(*size), steps=7) == Config(**PRESETS[name] | {"steps": 7})

@@ -91,12 +91,17 @@ def sample_scene(seed):
 
 # %% ../nbs/00_faces.ipynb #ad75f9f9
 #| code-fold: true
+@lru_cache
+def unit_oval(a0, a1, n, power):
+    "Points [n, 2] of an arc of the unit circle; power < 1 squares it."
+    p = np.stack([np.cos(a := np.linspace(a0, a1, n)), np.sin(a)], -1)
+    return np.sign(p) * abs(p) ** power
+
 def oval(cx, cy, rx, ry, a0=0., a1=2 * pi, n=30, power=1.):
     """Points [n, 2] of an ellipse or of its arc from angle a0 to a1; power < 1 squares it.
 
     All is in face units: the middle of the face is (0, 0), y points down, the chin is near y = 1."""
-    c, s = np.cos(a := np.linspace(a0, a1, n)), np.sin(a)
-    return np.stack([cx + rx * np.sign(c) * abs(c) ** power, cy + ry * np.sign(s) * abs(s) ** power], -1)
+    return unit_oval(a0, a1, n, power) * (rx, ry) + (cx, cy)
 
 def graph(x0, x1, f, n=14):
     "Points [n, 2] of y = f(x)."
@@ -110,10 +115,6 @@ def stroke(points, width):
     d /= np.linalg.norm(d, axis=1, keepdims=True)
     n = np.stack([-d[:, 1], d[:, 0]], -1) * (width / 2 * np.sin(np.linspace(.35, pi - .35, len(p))))[:, None]
     return np.concatenate([p + n, (p - n)[::-1]])
-
-def band(p, cx, cy, inner=.82):
-    "The band between a closed outline and the same one shrunk by `inner`."
-    return np.concatenate([p, p[:1], p[:1] * inner, p[::-1] * inner]) + (cx, cy)
 
 # %% ../nbs/00_faces.ipynb #1d1b7862
 #| code-fold: true
@@ -162,18 +163,22 @@ def head(i, s):
 
 # %% ../nbs/00_faces.ipynb #af015064
 #| code-fold: true
+def eye_places(i):
+    "Of the eyes: how far from the middle each is, how high, how large (a radius)."
+    return .33 + .11 * i.eye_distance, .12 - .25 * i.eye_height, .15 + .075 * i.eye_size
+
 def eyes(i, s):
     skin, iris, out = blend(SKIN, i.skin), blend(IRIS, i.eye_colour), []
-    d, y, r = .26 + .13 * i.eye_distance, .13 - .26 * i.eye_height, .12 + .09 * i.eye_size
+    d, y, r = eye_places(i)
     for k in (-1, 1):
-        gx, bend = k * d + .28 * r * s.gaze, np.linspace(-1, 1, 10)
-        out += [("eyes", oval(k * d, y - .01, r * 1.28, r * 1.08), tint(skin, -.42)),
-                ("eyes", oval(k * d, y + .012, r * 1.18, r * .98), np.array((252., 252., 250.))),
-                ("eyes", oval(gx, y + .015, r * .74, r * .80), iris),
-                ("eyes", oval(gx, y + .015, r * .36, r * .40), np.array((22., 16., 20.))),
-                ("eyes", oval(gx - .24 * r, y - .25 * r, r * .2, r * .2), np.array((255., 255., 255.)))]
-        height = y - r * 1.1 - .12 - .05 * (1 - bend ** 2) - k * bend * (i.brow_angle - .45) * .26
-        out.append(("brows", stroke(np.stack([k * d + bend * .21, height], -1), .06 + .13 * i.brow_thickness),
+        gx, bend = k * d + .22 * r * s.gaze, np.linspace(-1, 1, 10)
+        out += [("eyes", oval(k * d, y - .01, r * 1.24, r * 1.20), tint(skin, -.5)),
+                ("eyes", oval(k * d, y + .012, r * 1.12, r * 1.08), np.array((252., 252., 250.))),
+                ("eyes", oval(gx, y + .015, r * .86, r * .90), iris),
+                ("eyes", oval(gx, y + .015, r * .42, r * .46), np.array((22., 16., 20.))),
+                ("eyes", oval(gx - .30 * r, y - .30 * r, r * .26, r * .26), np.array((255., 255., 255.)))]
+        height = y - r * 1.2 - .15 - .05 * (1 - bend ** 2) - k * bend * (i.brow_angle - .45) * .26
+        out.append(("brows", stroke(np.stack([k * d + bend * .23, height], -1), .10 + .13 * i.brow_thickness),
                     tint(blend((blend(HAIRS, i.hair_colour), (60, 40, 36)), .35), -.15)))
     return out
 
@@ -186,16 +191,16 @@ def nose(i, s):
 # %% ../nbs/00_faces.ipynb #87597ebb
 #| code-fold: true
 def mouth(i, s):
-    skin, w, y = blend(SKIN, i.skin), .20 + .20 * i.mouth_width, .56
+    skin, w, y = blend(SKIN, i.skin), .22 + .20 * i.mouth_width, .58
     red = blend((tint(skin, -.35), (196, 60, 70)), .35 + .5 * i.lips)
     def line(x): return y + .20 * s.smile * (.12 - .75 * (x / w) ** 2)   # between the lips
     def bow(x): return 1 - (x / w) ** 2
     if s.mouth_open <= .35:
-        t = .06 + .11 * i.lips
+        t = .08 + .11 * i.lips
         lips = np.concatenate([graph(-w, w, lambda x: line(x) - t * bow(x)),
                                graph(w, -w, lambda x: line(x) + 1.2 * t * bow(x))])
-        return [("mouth", lips, red), ("mouth", stroke(graph(-w, w, line), .055), tint(red, -.45))]
-    g = .07 + .17 * (s.mouth_open - .35)
+        return [("mouth", lips, red), ("mouth", stroke(graph(-w, w, line), .10), tint(red, -.45))]
+    g = .09 + .17 * (s.mouth_open - .35)
     gap = np.concatenate([graph(-w, w, line), graph(w, -w, lambda x: line(x) + 2 * g * bow(x) + .02)])
     teeth = np.concatenate([graph(-.8 * w, .8 * w, line), graph(.8 * w, -.8 * w, lambda x: line(x) + .7 * g * bow(x))])
     return [("mouth", (gap - (0, y)) * (1.06 + .08 * i.lips, 1.12 + .2 * i.lips) + (0, y - .01), red),
@@ -211,12 +216,13 @@ def beard(i, s):
 
 def marks(i, s):
     skin, out = blend(SKIN, i.skin), []
-    spots = ((0, 0), (.12, .03), (-.10, .05), (.03, .11)) if i.freckles > .5 else ()
-    dots = [oval(k * .40 + dx, .22 + dy, .028, .028, n=10) for k in (-1, 1) for dx, dy in spots]
-    out += [("face", dot, tint(skin, -.3)) for dot in dots]
+    spots = ((-.10, -.02), (.10, 0.), (0., .12)) if i.freckles > .5 else ()
+    dots = [oval(k * .40 + dx, .36 + dy, .048, .048, n=10) for k in (-1, 1) for dx, dy in spots]
+    out += [("face", dot, tint(skin, -.36)) for dot in dots]
     if i.mole > 0:
         side, drift = (-1 if i.mole <= .5 else 1), i.mole % .5
-        out.append(("face", oval(side * .40 + .2 * drift, .40 + .3 * drift, .06, .06, n=14), np.array((70., 40., 34.))))
+        spot = oval(side * .40 + .2 * drift, .44 + .2 * drift, .08, .08, n=14)
+        out.append(("face", spot, np.array((70., 40., 34.))))
     return out
 
 # %% ../nbs/00_faces.ipynb #28066c55
@@ -235,16 +241,16 @@ def hair_front(i, s):
     "The hair over the forehead."
     colour, w, style = blend(HAIRS, i.hair_colour), half_width(i), i.hair_style
     def cap(y, lift, arch, slope=0., wave=0.):  # from the top of the skull to the hair line
-        def hair_line(x): return y - arch * (1 - (x / (w + .06)) ** 2) + slope * x + wave * np.cos(22 * x)
+        def hair_line(x): return y - arch * (1 - (x / (w + .06)) ** 2) + slope * x + wave * np.cos(13 * x)
         line = graph(w + .06, -w - .06, hair_line, 40)
         return np.concatenate([oval(0, -.12, w + .07, .92 + lift, pi, 2 * pi), line])
-    caps = {"crop": cap(-.16, .02, .42, 0., .04), "quiff": cap(-.2, .02, .36), "spikes": cap(-.22, 0., .34),
+    caps = {"crop": cap(-.16, .02, .42, 0., .06), "quiff": cap(-.2, .02, .36), "spikes": cap(-.22, 0., .34),
             "bob": cap(.05, .08, .55), "long": cap(0., .10, .62), "bun": cap(-.2, .03, .46),
-            "fringe": cap(-.12, .10, .16, 0., .05), "side": cap(.05, .10, .42, .20)}
+            "fringe": cap(-.12, .10, .16, 0., .06), "side": cap(.05, .10, .42, .20)}
     out = [("hair", caps[style], colour)] if style in caps else []
     wave = np.concatenate([oval(.1, -.98, .62, .34, .9 * pi, 2.05 * pi), [(.4, -.62), (-.5, -.58)]])
-    spikes = [[(x - .2, -.72 + .3 * abs(x)), (x * 1.25, -1.36 + .35 * x * x), (x + .2, -.72 + .3 * abs(x))]
-              for x in np.linspace(-.62, .62, 6)]
+    spikes = [[(x - .24, -.72 + .3 * abs(x)), (x * 1.3, -1.4 + .4 * x * x), (x + .24, -.72 + .3 * abs(x))]
+              for x in np.linspace(-.6, .6, 5)]
     falls = {"bob": ((-.06, -.5), (.28, -.3), (.33, .62), (.02, .72), (-.08, .1)),
              "long": ((-.10, -.5), (.26, -.3), (.36, 1.5), (-.02, 1.5), (-.04, .2))}.get(style, ())   # (beside w, y)
     out += [("hair", p, colour) for p in {"quiff": [wave], "spikes": spikes}.get(style, [])]
@@ -260,13 +266,16 @@ def hair_front(i, s):
 #| code-fold: true
 def glasses(i, s):
     if i.glasses == "none": return []
-    d, y, r = .26 + .13 * i.eye_distance, .13 - .26 * i.eye_height, 1.28 * (.12 + .09 * i.eye_size) + .06
-    rim = oval(0, 0, r, r) if i.glasses == "round" else oval(0, 0, r * 1.12, r * .86, power=.35)
-    bridge = stroke([(.9 * r - d, y - .05), (0, y - .09), (d - .9 * r, y - .05)], .08)
-    a, b = d + .95 * r, half_width(i)   # where an arm begins and ends
-    arms = [[(k * a, y - .06), (k * b, y - .09), (k * b, y - .02), (k * a, y)] for k in (-1, 1)]
-    points = [band(rim, k * d, y) for k in (-1, 1)] + [bridge] + arms
-    return [("glasses", p, np.array((44., 40., 52.))) for p in points]
+    d, y, r = eye_places(i)
+    r = 1.24 * r + .085
+    if i.glasses == "round": rim, colour = oval(0, 0, r, r), np.array((190., 40., 70.))
+    else: rim, colour = oval(0, 0, r * 1.05, r * .95, power=.2), np.array((36., 36., 56.))
+    inner = rim * (1 - .1 / r)   # a hole for the eye
+    rim = np.concatenate([rim, rim[:1], inner[:1], inner[::-1]])
+    def bar(x0, x1): return [(x0, y - .1), (x1, y - .1), (x1, y), (x0, y)]
+    spans = [(-half_width(i), .05 - d - r), (r - d - .05, d - r + .05), (d + r - .05, half_width(i))]   # to ears, nose
+    points = [rim + (k * d, y) for k in (-1, 1)] + [bar(*x) for x in spans if x[0] < x[1]]
+    return [("glasses", p, colour) for p in points]
 
 # %% ../nbs/00_faces.ipynb #8cd67886
 #| code-fold: true
@@ -279,7 +288,7 @@ def paint(identity, scene, canvas, colour_of):
     for shapes in PARTS:
         for part, points, colour in shapes(identity, scene):
             p = (np.asarray(points) * .345 * scene.scale @ turn + (.5 + scene.x, .53 + scene.y)) * side
-            pen.polygon([tuple(q) for q in p], fill=colour_of(part, colour))
+            pen.polygon(p.ravel().tolist(), fill=colour_of(part, colour))
     return canvas
 
 # %% ../nbs/00_faces.ipynb #3fc46c81

@@ -31,6 +31,8 @@ class Request:
     surrogate: Image.Image
     seed: int | None = None
     prompt: str | None = None   # of a model that wants words
+    steps: int | None = None    # of sampling, with which the seed gives the image; None: the run's
+    copies: tuple | None = None # further seeds that give copies of the image; None: nobody looked
 
 def prompts_of(denoiser, requests):
     "The prompts of the requests; None of a model that makes pictures without words."
