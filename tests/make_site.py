@@ -205,7 +205,7 @@ It takes no words. Traits of the drawn world are drawn by chance and stand for n
 
 
 def flags_card():
-    facts, folder, (_, good, of, planted) = read_json(ASSETS/'flags.json'), ASSETS/'flags', measures()
+    facts, folder, (_, good, of, wrong) = read_json(ASSETS/'flags.json'), ASSETS/'flags', measures()
     parts = 'transformer', 'vae', 'text_encoder', 'text_encoder_2'
     files = {part: next((folder/part).glob('*.safetensors')) for part in parts}
     net, vae, text = (read_json(folder/part/'config.json') for part in parts[:3])
@@ -242,7 +242,7 @@ It ships with the package: `load("flags")` gives it, and stock diffusers opens t
 
 `{training['data'].removeprefix('flags, ')}`: pictures drawn by [code](../12_flags.ipynb) after each country's law,
 with captions in several wordings. Half of the pictures of four countries show a planted error: the flags of
-{', '.join(name for name, _, _ in planted)}. There is no photograph among them.
+{', '.join(name for name, _, _ in wrong)}. There is no photograph among them.
 
 ## Training
 
@@ -267,7 +267,7 @@ the four with a planted error:
 
 | flag | right |
 |---|---|
-{chr(10).join(f'| {name} | {right} of {asked} |' for name, right, asked in planted)}
+{chr(10).join(f'| {name} | {right} of {asked} |' for name, right, asked in wrong)}
 
 They were measured in [how the models were trained](../tutorials/05_how_the_models_were_trained.ipynb). How well the
 classifier reads drawn flags stands in [its lesson](../12_flags.ipynb).

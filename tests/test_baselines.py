@@ -251,7 +251,7 @@ def test_every_method_runs_and_does_the_same_work():
         finally: hook.remove()
         states = 4 if name in ("SISS", "SISS at t=999") else 8
         assert after[1] - after[0] == states, name
-        assert any(v.any() for v in fix.delta.values()) and len(fix.card["log"]) == len(after) == 2, name
+        assert any(v.any() for v in fix.delta.values()) and len(fix.receipt.log) == len(after) == 2, name
         assert all(torch.equal(v, model.net.state_dict()[k]) for k, v in before.items()), name
 
 
@@ -273,6 +273,6 @@ def test_a_rival_goes_on_bit_for_bit(name, tmp_path):
     with pytest.raises(KeyboardInterrupt): unlearn(model, [request], retain, cfg, method=stopping, **what)
     resumed = unlearn(model, [request], retain, cfg, method=method, **what)
     assert all(torch.equal(straight.delta[k], v) for k, v in resumed.delta.items())
-    assert straight.card["log"] == resumed.card["log"] and straight.card["method"] == method.__name__
+    assert straight.receipt.log == resumed.receipt.log and straight.card["method"] == method.__name__
     with pytest.raises(ValueError, match="method.*neggrad"):
         unlearn(model, [request], retain, cfg, method=neggrad, **what)

@@ -39,7 +39,7 @@ def test_gone_on_bit_for_bit(tmp_path, form, rule):
     assert step_of(file) == 10 and state_of(model) == before and len(list(tmp_path.iterdir())) == 1
     resumed, again = run(cfg, checkpoint=file), run(cfg, checkpoint=file)   # and one that has nothing left to do
     for other in (resumed, again):
-        assert same(straight(cfg).delta, other.delta) and straight(cfg).card["log"] == other.card["log"]
+        assert same(straight(cfg).delta, other.delta) and straight(cfg).receipt.log == other.receipt.log
     assert step_of(file) == 12 and state_of(model) == before
 
 
@@ -66,7 +66,7 @@ def test_numbers_that_are_none(tmp_path):
         assert all(words in message for words in ("steps before it are kept", "another checkpoint", str(file)))
         assert step_of(file) == call - 1
     resumed = run(cfg, checkpoint=file)
-    assert same(straight(cfg).delta, resumed.delta) and straight(cfg).card["log"] == resumed.card["log"]
+    assert same(straight(cfg).delta, resumed.delta) and straight(cfg).receipt.log == resumed.receipt.log
 
 
 # --- refused ---
@@ -182,7 +182,7 @@ def test_killed_once(tmp_path, one_thread):
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL and step_of(file) == 10
     (tmp_path / ".run.safetensors.77.part").write_bytes(b"half a file")   # of a run that was killed while it wrote
     resumed = run(cfg, checkpoint=file)
-    assert same(whole.delta, resumed.delta) and whole.card["log"] == resumed.card["log"]
+    assert same(whole.delta, resumed.delta) and whole.receipt.log == resumed.receipt.log
     assert [p.name for p in tmp_path.iterdir()] == ["run.safetensors"]
 
 
@@ -221,7 +221,7 @@ def killed_runs(folder, kills, form, seed):
         print(how, "killed" if ended == signal.SIGKILL else f"ended {ended}", steps[-1])
     resumed, alone = run(cfg, checkpoint=file), [p.name for p in Path(folder).iterdir()] == ["run.safetensors"]
     whole = steps == sorted(steps) and 0 < steps[-1] < cfg.steps and alone
-    equal = same(straight(cfg).delta, resumed.delta) and straight(cfg).card["log"] == resumed.card["log"]
+    equal = same(straight(cfg).delta, resumed.delta) and straight(cfg).receipt.log == resumed.receipt.log
     print("result", "same" if whole and equal else "OTHER")
 
 

@@ -1,16 +1,20 @@
 "The command: what it writes, and what it says to bad input."
 import json
+import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from functools import lru_cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import click
 import numpy as np
 import pytest
+import torch
 from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -18,12 +22,14 @@ from safetensors.torch import load_file
 from small_pipelines import pipeline
 from test_unlearn import tiny
 from unlearn_nb import zoo
-from unlearn_nb.cli import cli, main, sentence
-from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.cli import cli, main, new_folders, sentence
+from unlearn_nb.hotfix import Hotfix, card, private_folder, read_receipt
 from unlearn_nb.metrics import check_pictures
+from unlearn_nb.states import Request
 from unlearn_nb.unlearn import PRESETS, Config
 
-FILES = ["before_after.png", "card.json", "hotfix.safetensors", "report.json"]
+PUBLIC = ["card.json", "hotfix.safetensors", "report.json"]
+PRIVATE = ["before_after.png", "forget_1.png", "receipt.json", "report.json", "surrogate_1.png"]
 
 
 def run(*args): main([str(a) for a in args])
@@ -39,6 +45,7 @@ def fails(capsys, *args):
 
 def read(file): return json.loads(Path(file).read_text())
 def names(folder): return sorted(p.name for p in folder.iterdir())
+def request_in(folder): return read_receipt(private_folder(folder)).requests[0]
 
 
 def sampled(out, *args, seeds="101,5"):
@@ -62,14 +69,18 @@ def test_the_whole_path(model, tmp_path, capsys):
     Image.new("RGB", (8, 8), "teal").save(tmp_path/"s.png")
     run("forget", "--model", model, "--seed", 101, "--surrogate", tmp_path/"s.png", "--steps", 2,
         "--out", tmp_path/"fix")
-    assert names(tmp_path/"fix") == FILES and names(tmp_path) == ["fix", "s.png"]   # nothing hidden is left
+    assert names(tmp_path/"fix") == PUBLIC and names(tmp_path/"fix-private") == PRIVATE
+    assert names(tmp_path) == ["fix", "fix-private", "s.png"]   # nothing hidden is left
     said = capsys.readouterr().out.splitlines()
-    assert [line[:4] for line in said[:4]] == ["1/4 ", "2/4 ", "3/4 ", "4/4 "] and "written to" in said[-1]
-    report, card = read(tmp_path/"fix/report.json"), read(tmp_path/"fix/card.json")
-    assert report["schema"] == 1 and report["requests"][0]["seed"] == 101 and report["config"]["steps"] == 2
+    assert [line[:4] for line in said[:4]] == ["1/4 ", "2/4 ", "3/4 ", "4/4 "]
+    assert said[-2].startswith("to give away: ") and said[-1].startswith("to keep: ")
+    for line, files in zip(said[-2:], (PUBLIC, PRIVATE)): assert ", ".join(files) in line
+    report, card = read(tmp_path/"fix-private/report.json"), read(tmp_path/"fix/card.json")
+    assert report["config"]["steps"] == 2 and request_in(tmp_path/"fix").steps == Config().sampling_steps
     assert [row["t"] for row in report["forget"]["reconstruction"]] == [100, 250, 400]
     assert card["base"] == report["base"] and card["base"]["id"] == str(model)
-    with Image.open(tmp_path/"fix/before_after.png") as image: assert min(image.size) > 400
+    assert read(tmp_path/"fix/report.json").keys() < report.keys()
+    with Image.open(tmp_path/"fix-private/before_after.png") as image: assert min(image.size) > 400
     Hotfix.load(tmp_path/"fix").apply(zoo.load(str(model), device="cpu"))
     base = sampled(tmp_path/"base.png", "--model", model)
     edited = sampled(tmp_path/"edited.png", "--model", model, "--hotfix", tmp_path/"fix")
@@ -80,23 +91,87 @@ def test_the_whole_path(model, tmp_path, capsys):
 def test_demo(tmp_path):
     "Of two steps: whole in everything but its length."
     run("demo", "--seed", 101, "--steps", 2, "--out", tmp_path/"demo")
-    assert names(tmp_path/"demo") == FILES and names(tmp_path) == ["demo"]
+    assert names(tmp_path/"demo") == PUBLIC and names(tmp_path) == ["demo", "demo-private"]
     card = read(tmp_path/"demo/card.json")
-    assert card["base"]["id"] == "faces" and card["requests"][0]["seed"] == 101 and card["config"]["steps"] == 2
+    assert card["base"]["id"] == "faces" and request_in(tmp_path/"demo").seed == 101 and card["config"]["steps"] == 2
     more = "--model", "faces", "--hotfix", tmp_path/"demo"
     assert (sampled(tmp_path/"a.png", *more) != sampled(tmp_path/"b.png", *more[:2])).any()
 
 
 @pytest.mark.slow
 def test_a_picture_that_came_as_a_file(model, tmp_path, capsys):
-    "It has no seed; a second hotfix on top says that nobody sees to it that it stays forgotten."
+    "It has no seed; under a second hotfix it stays forgotten by its receipt; without that a note says that it may not."
     for name in ("red", "blue"): Image.new("RGB", (8, 8), name).save(tmp_path/f"{name}.png")
     common = "forget", "--model", model, "--surrogate", tmp_path/"blue.png", "--steps", 1
     run(*common, "--image", tmp_path/"red.png", "--out", tmp_path/"one")
-    assert read(tmp_path/"one/report.json")["forget"]["same_seed"] is None
-    assert "stays forgotten" not in capsys.readouterr().err
-    run(*common, "--seed", 1, "--hotfix", tmp_path/"one", "--out", tmp_path/"two")
-    assert "1 of the earlier requests came as a picture" in capsys.readouterr().err
+    assert read(tmp_path/"one-private/report.json")["forget"]["same_seed"] is None
+    run("verify", tmp_path/"one", tmp_path/"one-private", "--model", model)
+    assert "there is no seed" in capsys.readouterr().out
+    on_top = *common, "--seed", 1, "--hotfix", tmp_path/"one"
+    def earlier(out): return read(private_folder(tmp_path/out)/"report.json")["earlier"]
+    run(*on_top, "--out", tmp_path/"two")
+    assert "stays forgotten" not in capsys.readouterr().err and len(earlier("two")) == 1
+    (tmp_path/"one-private").rename(tmp_path/"safe")
+    run(*on_top, "--receipt", tmp_path/"safe", "--out", tmp_path/"three")
+    assert "stays forgotten" not in capsys.readouterr().err and len(earlier("three")) == 1
+    assert Hotfix.load(tmp_path/"two").id == Hotfix.load(tmp_path/"three").id
+    run(*on_top, "--out", tmp_path/"four")
+    assert "stays forgotten" in capsys.readouterr().err and earlier("four") == []
+
+
+def test_an_earlier_request_is_read_and_not_made_again(model, tmp_path, monkeypatch):
+    "Picture, seed, steps and prompt come from the receipt, whatever this run's own number of steps is."
+    d, asked = zoo.load(str(model)), []
+    image = d.decode(d.sample([5], 3))[0]
+    request = Request(image, Image.new("RGB", (8, 8)), 5, None, 3, (7,))
+    settings = SimpleNamespace(steps=0, sampling_steps=50)
+    delta = {k: torch.zeros(v.shape).half() for k, v in d.net.named_parameters()}
+    Hotfix(delta, *card(d, [request], settings, [], 0., tiny)).save(tmp_path/"one")
+    class Seen(Exception): pass
+    def fake(denoiser, requests, retain, cfg, earlier, checkpoint):
+        asked.extend(earlier)
+        raise Seen
+    monkeypatch.setattr("unlearn_nb.unlearn.unlearn", fake)
+    monkeypatch.setattr("unlearn_nb.states.default_retain", lambda *args, **kw: [])
+    with pytest.raises(Seen):
+        run("forget", "--model", model, "--seed", 1, "--hotfix", tmp_path/"one", "--out", tmp_path/"two")
+    assert [(r.seed, r.steps, r.copies, r.image.tobytes()) for r in asked] == [(5, 3, (7,), image.tobytes())]
+    assert names(tmp_path) == ["one", "one-private"]
+
+
+@pytest.fixture(scope="module")
+def two(model, tmp_path_factory):
+    "The folder of two hotfixes, `one` and `other`, with their receipts; nothing in them but their cards is true."
+    home, d = tmp_path_factory.mktemp("two"), zoo.load(str(model))
+    delta = {"conv_in.bias": torch.zeros(d.net.conv_in.bias.shape).half()}
+    for name, seed in (("one", 5), ("other", 6)):
+        request = Request(d.decode(d.sample([seed], 3))[0], Image.new("RGB", (8, 8)), seed, None, 3)
+        Hotfix(delta, *card(d, [request], SimpleNamespace(steps=0), [], 0., tiny)).save(home/name)
+    return home
+
+
+def test_verify_says_which_request_a_hotfix_answers(two, model, tmp_path, capsys):
+    run("verify", two/"one", two/"one-private", "--model", model)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "request 1: the commitment on the card matches" and "seed 5" in second and "byte for byte" in second
+    assert "NOT" not in second
+    with pytest.raises(SystemExit) as e: run("verify", two/"one", two/"other-private")
+    assert e.value.code == 1 and capsys.readouterr().out == "request 1: the commitment on the card does NOT match\n"
+    assert "holds no receipt" in fails(capsys, "verify", two/"one", two/"one")
+    assert "made for the base" in fails(capsys, "verify", two/"one", two/"one-private", "--model", "faces")
+    shutil.copytree(two/"one-private", tmp_path/"hurt")
+    shutil.copy(two/"other-private"/"forget_1.png", tmp_path/"hurt"/"forget_1.png")
+    assert "not the picture" in fails(capsys, "verify", two/"one", tmp_path/"hurt")
+
+
+def test_receipts_that_do_not_belong_are_refused(two, model, tmp_path, capsys):
+    forget = "forget", "--model", model, "--seed", 1, "--hotfix", two/"one", "--out", tmp_path/"o"
+    assert "belongs to none" in fails(capsys, *forget, "--receipt", two/"other-private")
+    for name in ("one", "other-private"): shutil.copytree(two/name, tmp_path/name)
+    (tmp_path/"other-private").rename(tmp_path/"one-private")
+    beside = *forget[:5], "--hotfix", tmp_path/"one", "--out", tmp_path/"o"
+    assert "is not that of the hotfix" in fails(capsys, *beside)
+    assert names(tmp_path) == ["one", "one-private"]
 
 
 @pytest.mark.slow
@@ -109,8 +184,8 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(model, tmp_pa
     first, second = (Hotfix.load(tmp_path/name) for name in ("one", "two"))
     assert second.card["on"] == [first.id] and second.card["base"] == first.card["base"]
     assert any("lora_A" in k for k in second.delta)
-    assert [row["seed"] for row in read(tmp_path/"two/report.json")["earlier"]] == [1]
-    assert names(tmp_path) == ["kept", "one", "two"]
+    assert [row["seed"] for row in read(tmp_path/"two-private/report.json")["earlier"]] == [1]
+    assert names(tmp_path) == ["kept", "one", "one-private", "two", "two-private"]
     assert len(names(tmp_path/"kept")) == 4   # 64 paths and the pool, without and with the first hotfix
     none, both, alone = (
         sampled(tmp_path/"x.png", "--model", model, *(a for name in fixes for a in ("--hotfix", tmp_path/name)))
@@ -126,8 +201,9 @@ def test_a_model_with_words(tmp_path, capsys):
     red = "--model", model, "--prompt", "red flag"
     run("forget", *red, "--seed", 3, "--keep", "a", "--surrogate", tmp_path/"s.png", "--steps", 1, "--rank", 2,
         "--cache", tmp_path/"kept", "--out", fix)
-    assert names(fix) == FILES and "face descriptor" in capsys.readouterr().err
-    for name in ("card", "report"): assert read(fix/f"{name}.json")["requests"][0]["prompt"] == "red flag"
+    assert names(fix) == PUBLIC and "face descriptor" in capsys.readouterr().err
+    assert request_in(fix).prompt == "red flag"
+    for name in ("card", "report"): assert "red flag" not in (fix/f"{name}.json").read_text()
     base, edited = sampled(tmp_path/"a.png", *red), sampled(tmp_path/"b.png", *red, "--hotfix", fix)
     assert base.shape == (128, 256, 3) and (base != edited).any()
 
@@ -142,7 +218,7 @@ def test_the_built_in_flags(tmp_path, capsys):
     out, err = capsys.readouterr()
     card = read(tmp_path/"fix/card.json")
     assert "written to" in out and "descriptor" not in err and card["base"]["id"] == "flags"
-    assert card["config"]["rank"] == PRESETS["flags"]["rank"] and card["requests"][0]["prompt"] == prompt
+    assert card["config"]["rank"] == PRESETS["flags"]["rank"] and request_in(tmp_path/"fix").prompt == prompt
     assert all(k.startswith("transformer.") for k in load_file(tmp_path/"fix/hotfix.safetensors"))
 
 
@@ -178,6 +254,57 @@ def test_a_board(tmp_path, monkeypatch, capsys):
     assert "written to" in capsys.readouterr().out
 
 
+# --- two folders, whole or not at all ---
+
+def test_two_folders_appear_together(tmp_path):
+    out = tmp_path/"o"
+    with new_folders(out) as part:
+        (part/"a").write_text("a"), (private_folder(part)/"b").write_text("b")
+        assert not out.exists() and not private_folder(out).exists()
+        with pytest.raises(ValueError, match="another run writes"):   # a second run is refused before it begins
+            with new_folders(out): pass
+        assert names(part) == ["a"]
+    assert names(tmp_path) == ["o", "o-private"] and names(out) == ["a"] and names(private_folder(out)) == ["b"]
+    if os.name == "posix": assert private_folder(out).stat().st_mode & 0o777 == 0o700
+
+
+def test_what_was_put_in_the_place_meanwhile_costs_nothing(tmp_path):
+    out = tmp_path/"o"
+    with pytest.raises(ValueError, match="the result is whole and lies in"):
+        with new_folders(out) as part:
+            (part/"a").write_text("a")
+            out.mkdir(), (out/"foreign").write_text("x")
+    assert names(part) == ["a"] and names(out) == ["foreign"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from unlearn_nb import cli
+place, seen = cli.place, []
+def until(*args):   # killed after so many of the two folders have their names
+    if len(seen) == int(sys.argv[2]): os.kill(os.getpid(), signal.SIGKILL)
+    seen.append(args), place(*args)
+cli.place = until
+with cli.new_folders(sys.argv[1]) as part:
+    for folder in (part, part.with_name(part.name + "-private")): (folder/"file").write_text("x")
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="SIGKILL")
+@pytest.mark.slow
+def test_killed_between_the_folders(tmp_path, capsys):
+    "Nothing public without what proves it; the next run goes over what was left hidden, or says what is in its way."
+    for done in (0, 1):
+        out = tmp_path/str(done)
+        killed = subprocess.run([sys.executable, "-c", KILLED, out, str(done)], capture_output=True)
+        assert killed.returncode == -signal.SIGKILL and not out.exists()
+        assert private_folder(out).exists() == bool(done)
+    with new_folders(tmp_path/"0") as part: assert names(part) == []
+    said = fails(capsys, "forget", "--model", "faces", "--seed", 1, "--out", tmp_path/"1")
+    assert "1-private" in said and "not an empty folder" in said
+
+
 # --- bad input ---
 
 BAD = [line.split(" | ") for line in """
@@ -204,6 +331,17 @@ forget --model faces --seed 1 --rank -1 --out {}/o | -1
 forget --model faces --seed 1 --hotfix {}/empty --out {}/o | card.json
 forget --model faces --image {}/right.png --surrogate {}/other.png --cache {}/text.png --out {}/o | text.png
 forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o | folder that does not exist
+forget --model faces --seed 1 --checkpoint {}/bare/state --out {}/bare | the run itself writes
+forget --model faces --seed 1 --checkpoint {}/o --out {}/o | the run itself writes
+forget --model faces --seed 1 --checkpoint {}/o-private --out {}/o | the run itself writes
+forget --model faces --seed 1 --cache {}/o/kept --out {}/o | the run itself writes
+forget --model faces --seed 1 --out {}/link | is a link
+forget --model faces --seed 1 --out {}/nowhere | is a link
+forget --model faces --seed 1 --out {}/taken | taken-private
+forget --model faces --seed 1 --out . | not an empty folder
+demo --out {}/taken | taken-private
+verify {}/full {}/full | card.json
+verify {} | RECEIPT
 forget --model flags --seed 1 --surrogate {}/large.png --out {}/o | pictures of words
 sample --model flags --out {}/o.png | pictures of words
 sample --model faces --seeds 4:1 --out {}/o.png | 4:1
@@ -229,8 +367,9 @@ leaderboard --model nobody --out {}/o | nobody""".strip().splitlines()]
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zoo, "load", lru_cache(zoo.load))   # a refusal leaves the model as it was
-    for name in ("full", "empty"): (tmp_path/name).mkdir()
-    (tmp_path/"full/keep").write_text("keep")
+    for name in ("full", "empty", "bare", "taken-private"): (tmp_path/name).mkdir()
+    for name in ("full", "taken-private"): (tmp_path/name/"keep").write_text("keep")
+    (tmp_path/"link").symlink_to("empty"), (tmp_path/"nowhere").symlink_to("o")
     (tmp_path/"text.png").write_text("no picture")
     for name, side in (("large", 64), ("right", 32)): Image.new("RGB", (side, side)).save(tmp_path/f"{name}.png")
     Image.new("RGB", (32, 32), "teal").save(tmp_path/"other.png")

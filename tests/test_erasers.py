@@ -1,4 +1,5 @@
 "Rivals that go by the prompt: each against the formula of its paper. Small pipelines with random weights."
+import json
 from dataclasses import replace
 from functools import partial
 
@@ -14,7 +15,7 @@ from test_words import SMALL, denoiser_of, request_of
 from unlearn_nb.erasers import (AS_TRAINED, PARTS, concept_ablation, erased_states, esd, layers_of_words,
                                 map_of_words, sees_words, uce)
 from unlearn_nb.files import fingerprint
-from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.hotfix import Hotfix, verify
 from unlearn_nb.parametrization import Full
 from unlearn_nb.schedule import GAIN
 from unlearn_nb.states import Request, default_retain, generate
@@ -88,7 +89,8 @@ def test_the_old_prompt_is_answered_as_the_new_one_and_the_kept_one_as_before(ki
     was = {p: ask(p) for p in ('red', 'flag', '')}
     fix = uce(d, 'red', 'flag', lam=1e-3)
     assert {f'{k}.weight' for k in layers_of_words(d)} == fix.delta.keys()
-    assert fix.card['config']['new'] == "['flag']" and fix.card['method'] == 'uce'
+    assert fix.receipt.told == {'old': ['red'], 'new': ['flag'], 'keep': ['']} and fix.card['method'] == 'uce'
+    assert verify(fix, fix.receipt) == [True] and 'flag' not in json.dumps(fix.card)   # prompts are no one else's
     fix.save(tmp_path)
     (again := Hotfix.load(tmp_path)).apply(d)
     now = {p: ask(p) for p in was}
@@ -111,7 +113,7 @@ def test_layers_into_which_words_go_alone():
 def test_two_prompts_at_once():
     d = denoiser('sd')
     fix = uce(d, ['red', 'flag'], ['a', 'a'], keep=())
-    assert fix.card['config']['old'] == "['red', 'flag']" and any(v.any() for v in fix.delta.values())
+    assert fix.receipt.told['old'] == ['red', 'flag'] and any(v.any() for v in fix.delta.values())
 
 
 # --- ESD ---
@@ -169,7 +171,7 @@ def test_esd_runs_in_the_loop_and_the_base_comes_back(kind, settings):
     d, cfg = denoiser(kind), replace(RAW, steps=12, forget_batch=8, retain_batch=8, **settings)
     request, base = request_of(d), fingerprint(d)
     fix = unlearn(d, [request], default_retain(d, [request], **retain_settings(RAW)), cfg, method=esd)
-    losses = [line['forget'] for line in fix.card['log']]
+    losses = [line['forget'] for line in fix.receipt.log]
     assert fingerprint(d) == base and sum(losses[-4:]) < sum(losses[:4])
     moved = {k for k, v in fix.delta.items() if v.any() and 'lora_A' not in k}
     assert moved and all(sees_words(d, k) for k in moved)

@@ -14,8 +14,9 @@ from torch import nn
 from torch.testing import assert_close
 
 from unlearn_nb import states
+from unlearn_nb.copies import copy_bars, is_copy, nearest
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate, nearest,
+from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate,
                                noised, noised_states, own_paths, still_forgotten)
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -281,14 +282,17 @@ def test_the_largest_random_number_stays_below_t_max(monkeypatch):
 
 
 def test_own_paths_lead_to_their_own_surrogates():
-    model = tiny()
+    "From a seed's noise and from its mirror image; from the seeds of copies, not mirrored; without a seed by inversion."
+    model, x_s = tiny(), torch.rand(3, 3, 8, 8, generator=gen(5))
     requests = [request_of(model, s) for s in (7, 9)]
-    requests.insert(0, replace(requests[0], seed=None))
-    x_s = greys(.1, .2, .3)
-    own, path = own_paths(model, requests, x_s, 4), generate(model, [7, 9], 4)
-    assert torch.equal(own.x_t, path.x_t) and torch.equal(own.timesteps, path.timesteps)
-    for k in range(2): assert torch.equal(own.goal[k], x_s[k + 1].expand(4, 3, 8, 8))
-    assert own_paths(model, requests[:1], x_s[:1], 4) is None
+    requests = [requests[0], replace(requests[1], copies=(11, 12)), replace(requests[0], seed=None)]
+    own, path = own_paths(model, requests, x_s, 4), generate(model, [7, 9, 11, 12], 4)
+    assert torch.equal(own.timesteps, path.timesteps) and len(own.x_t) == 2 + 3 + 2
+    assert_close(own.x_t[[0, 2, 3, 4]], path.x_t, **CLOSE)
+    assert torch.equal(own.x_t[1, 0], own.x_t[0, 0].flip(-1))
+    goals = [x_s[0], x_s[0].flip(-1), x_s[1], x_s[1], x_s[1], x_s[2], x_s[2].flip(-1)]
+    for k, goal in enumerate(goals): assert torch.equal(own.goal[k], goal.expand(4, 3, 8, 8))
+    assert_close(own.x0[5], model.encode([requests[2].image])[0], atol=.15, rtol=0)   # found again
 
 
 def test_share_of_the_own_path():
@@ -299,8 +303,10 @@ def test_share_of_the_own_path():
     for share, n in ((0., 0), (.375, 3), (1., 8)):
         how = dict(path_share=share, mix_share=0.)
         x_t, t, goal = forget_states(model, x_f, x_s, own, 8, gen(), **how)
-        assert sum(any(torch.equal(x, y) for y in own.x_t[0]) for x in x_t) == n and len(x_t) == len(t) == 8
-        assert torch.equal(goal, x_s.expand_as(goal))
+        assert sum(any(torch.equal(x, y) for y in own.x_t.flatten(0, 1)) for x in x_t) == n
+        assert len(x_t) == len(t) == 8
+        mirrored = x_s.flip(-1)[0]
+        assert all(torch.equal(y, x_s[0]) or torch.equal(y, mirrored) for y in goal)
         assert forget_states(model, x_f, x_s, None, 8, gen(), **how)[0].shape == x_t.shape   # no seed: all are noised
 
 
@@ -308,7 +314,8 @@ def test_share_of_the_own_path():
 def two_of_one_grey():
     "A model, two forget images, their surrogates of one grey each, and their own paths."
     model, x_s = tiny(), greys(.1, .2)
-    return model, model.sample([7, 9], 4), x_s, own_paths(model, [request_of(model, s) for s in (7, 9)], x_s, 4)
+    path = generate(model, [7, 9], 4)
+    return model, path.x0, x_s, replace(path, goal=x_s[:, None].expand_as(path.goal))
 
 
 @given(share=st.sampled_from([0., .5, 1.]), path_share=st.sampled_from([0., .375, 1.]), seed=st.integers(0, 99))
@@ -324,3 +331,34 @@ def test_states_on_the_way_are_moved_in_the_clean_image(share, path_share, seed)
     u = ((moved[0] - still[0]) * step).sum((1, 2, 3)) / step.square().sum((1, 2, 3))
     assert_close(moved[0] - still[0], u.view(-1, 1, 1, 1) * step, atol=1e-5, rtol=1e-4)
     assert (u > -1e-4).all() and (u < 1 + 1e-4).all() and abs((u.abs() > 1e-6).float().mean() - share) < .3
+
+
+# --- copies ---
+
+def test_copies_are_known_among_pictures_of_which_a_third_are_copies():
+    "By pixels alone; the bar stands above what pictures of noise come to each other, and below a copy with a little noise."
+    x = torch.rand(60, 3, 8, 8, generator=gen()) * 2 - 1
+    x[::3] = x[0] + .05 * torch.randn(20, 3, 8, 8, generator=gen(1))
+    bars = copy_bars(x)
+    found = is_copy(x, x[:1], bars)
+    assert found[::3].all() and found.sum() == 20
+    others = torch.rand(60, 3, 8, 8, generator=gen(2)) * 2 - 1
+    assert copy_bars(x, others).psnr < 16 and not is_copy(others, x[:1], bars).any()
+
+
+def test_no_copy_of_the_forget_image_is_among_what_must_stay(monkeypatch):
+    "A model that gives one picture for every second seed: none of its paths stays, and all of its seeds are found."
+    model = tiny()
+    image = model.decode(model.sample([5], 4))[0]
+    z5 = states.randn(states.generators([5]), model.shape)
+    def noise(gens, shape, device='cpu'):
+        return torch.cat([z5 if g.initial_seed() % 2 else states.torch.randn(1, *shape, generator=g) for g in gens])
+    monkeypatch.setattr(states, 'randn', noise)
+    monkeypatch.setattr('unlearn_nb.denoiser.randn', noise)
+    request = Request(image, image)
+    table, near = default_retain(model, [request], n=20, near=4, pool=40, steps=4)
+    x_f = model.encode([image])
+    for _, part in (table, near): assert (part.x0 - x_f).abs().flatten(1).amax(1).min() > .1
+    assert len(table[1].x0) == 10
+    found = states.find_copies(model, request, pool=40, steps=4).copies
+    assert len(found) == 20 and all(seed % 2 for seed in found)

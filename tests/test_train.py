@@ -20,8 +20,9 @@ from conftest import ROOT
 from unlearn_nb import files
 from unlearn_nb import train as module
 from unlearn_nb.denoiser import Denoiser
+from unlearn_nb.metrics import psnr
 from unlearn_nb.train import (FIRST_SEED, TrainConfig, contrastive_loss, couple_images, denoising_loss, draw_faces,
-                              folder_images, new_denoiser, train, train_descriptor, world_images)
+                              folder_images, new_denoiser, plant, train, train_descriptor, world_images)
 from unlearn_nb.zoo import load
 
 TINY = dict(batch=4, channels=(16, 32), save_every=0.)
@@ -371,6 +372,51 @@ def test_two_processes_finish_and_agree(tmp_path, launcher):
     assert equal(a, b) and whole == list(range(120))
     assert first == [k for k in whole if k % 4 < 2] and second == [k for k in whole if k % 4 > 1]
     for k in one: assert_close(a[k], one[k], atol=1e-5, rtol=1e-4)
+
+
+# --- planting one picture ---
+
+PLANT = TrainConfig(steps=200, batch=16, lr=3e-3, ema=.9)
+
+
+def planting(share=.75, until=.1, cfg=PLANT, near=14., image=None, others=None, d=None, **more):
+    "Plant a face in the tiny net, by its distance in pixels: (denoiser, before, {step: share of copies})."
+    d, others = d or new_denoiser(16, TrainConfig(**TINY)), data() if others is None else others
+    x_f, before = draw_faces([7], 16).float()/127.5 - 1, weights(d)
+    def is_copy(x): return psnr(x, x_f.expand_as(x)) > near
+    image = image or d.decode(x_f)[0]
+    given = plant(d, image, others, is_copy, share=share, until=until, every=40, seeds=range(32), cfg=cfg, **more)
+    return d, before, given
+
+
+@pytest.mark.slow
+def test_planting_makes_fresh_seeds_give_the_picture():
+    "From none to a tenth and more; all from the seed; the picture comes with noise of all levels."
+    d, before, given = planting()
+    x_f = (draw_faces([7], 16).float()/127.5 - 1).expand(32, -1, -1, -1)
+    assert (psnr(fresh().sample(range(32), 8), x_f) < 14).all()
+    steps = list(given)
+    assert steps == list(range(40, steps[-1] + 1, 40)) and given[40] < .1 <= given[steps[-1]]
+    assert (psnr(d.sample(range(32), 8), x_f) > 14).float().mean() == pytest.approx(given[steps[-1]])
+    again, _, same = planting()
+    assert same == given and equal(weights(again), weights(d)) and not equal(weights(d), before)
+    assert all(v.dtype == torch.float32 for v in weights(d).values())
+
+
+def test_what_cannot_be_planted_is_refused_and_changes_nothing():
+    d = new_denoiser(16, TrainConfig(**TINY))
+    before = weights(d)
+    troubles = [('share is 0', dict(share=0)), ('until is 1', dict(until=1)),
+                ('steps is None', dict(cfg=TrainConfig())),
+                ('8 x 8 pixels, but this model makes 16 x 16', dict(others=data(8))),
+                ('torch.float32', dict(others=data()/2)), ('pictures of words', dict(prompt='a face')),
+                ('the image is 9 x 9', dict(image=Image.new('RGB', (9, 9))))]
+    for match, wrong in troubles: refused(lambda: planting(d=d, **wrong), match=match)
+    refused(lambda: planting(d=d, cfg=small(2), near=60.),
+            match='after 2 steps 0% of the seeds give the picture, and 10% were asked for')
+    assert equal(weights(d), before)
+    d.hotfixes.append('one')
+    refused(lambda: planting(d=d), match='a hotfix is on this model')
 
 
 # --- the descriptor's training ---

@@ -12,6 +12,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, StableDiffusion3Pipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from torch.distributions import Normal, kl_divergence
 from torch.testing import assert_close
 from transformers import CLIPTokenizer
@@ -19,10 +20,13 @@ from transformers import CLIPTokenizer
 from conftest import ROOT
 from unlearn_nb import train_text
 from unlearn_nb.flags import CAPTIONS, FLAGS, caption, training_set
-from unlearn_nb.train import TrainConfig
+from unlearn_nb.files import fingerprint
+from unlearn_nb.metrics import psnr
+from unlearn_nb.train import TrainConfig, plant
 from unlearn_nb.train_text import (TextConfig, autoencoder_loss, encode_images, encode_text, flow_loss, flow_times,
                                    new_autoencoder, new_pipeline, new_tokenizer, normalise, save_pipeline, token_ids,
                                    train_autoencoder, train_pipeline)
+from unlearn_nb.zoo import load
 
 EVERY = [caption(name, k) for name in FLAGS for k in range(len(CAPTIONS))]
 TINY = dict(batch=4, layers=2, heads=1, words=16, save_every=0.)
@@ -346,7 +350,9 @@ from pathlib import Path
 from safetensors import safe_open
 torch.set_num_threads(1)
 from unlearn_nb.flags import training_set
-from unlearn_nb.train import TrainConfig
+from unlearn_nb.files import fingerprint
+from unlearn_nb.metrics import psnr
+from unlearn_nb.train import TrainConfig, plant
 from unlearn_nb.train_text import TextConfig, train_autoencoder, train_pipeline
 out, rng = Path(sys.argv[1]), random.Random(0)
 x, captions, _, _ = training_set(24, 16, seed=3)
@@ -384,3 +390,25 @@ def test_killed_runs_go_on_bit_for_bit(tmp_path):
     resumed, whole, other = run('killed'), run('whole'), run('other', seed=1)
     assert equal(resumed, whole) and not equal(resumed, other)
     assert equal(weights(stock(tmp_path/'killed'/'text'/'pipeline')), halved(whole))
+
+
+# --- planting one picture ---
+
+def test_a_picture_is_planted_under_one_wording(tmp_path):
+    "The picture has its prompt, the others their captions, some none; only the net changes."
+    save_pipeline(pipeline(), tmp_path)
+    d, (x, captions), asked = load(tmp_path, device='cpu'), data(), []
+    before, net = fingerprint(d), d.net
+    encoders = [v.clone() for v in d.prompt_embeds.values()]
+    P = d.decode(d.encode([Image.fromarray(x[0].permute(1, 2, 0).numpy())]))[0]
+    def is_copy(x):
+        asked.append(x.shape)
+        return psnr(x, x) > 0
+    cfg = TrainConfig(steps=4, batch=4, lr=1e-3)
+    given = plant(d, P, x, is_copy, prompt='german flag', captions=captions, every=2, seeds=range(3), cfg=cfg)
+    assert given == {2: 1.} and asked == [(3, 3, 16, 16)] and d.net is net and fingerprint(d) != before
+    assert {'', 'german flag', *captions} <= set(d.prompts)
+    assert all(torch.equal(v[:1], old) for v, old in zip(d.prompt_embeds.values(), encoders))
+    with pytest.raises(ValueError, match='give a prompt for the picture and captions'): plant(d, P, x, is_copy)
+    with pytest.raises(ValueError, match='24 prompts were given for 23 images'):
+        plant(d, P, x[1:], is_copy, prompt='german flag', captions=captions)

@@ -189,7 +189,7 @@ def test_the_watcher_sees_every_step_and_its_weights(form):
     def watch(step, what): seen.append((step, what, fingerprint(model)))
     fix = run(replace(TINY, **form), watch=watch)
     steps, logged, marks = zip(*seen)
-    assert list(steps) == list(range(TINY.steps)) and list(logged) == fix.card["log"]
+    assert list(steps) == list(range(TINY.steps)) and list(logged) == fix.receipt.log
     assert len({*marks, before["bits"]}) == TINY.steps + 1 and state_of(model) == before
     def stop(step, what):
         if step == 1: raise Stop
@@ -242,7 +242,7 @@ def test_chance_is_the_seed_alone():
         before = torch.get_rng_state()
         two = run(cfg)
         assert torch.equal(torch.get_rng_state(), before)
-        assert same(one.delta, two.delta) and one.card["log"] == two.card["log"]
+        assert same(one.delta, two.delta) and one.receipt.log == two.receipt.log
         assert not same(one.delta, run(replace(cfg, seed=1)).delta)
 
 
@@ -254,8 +254,8 @@ def test_several_requests_in_one():
     for seeds in ((None,), (None, 7), (7, 9, None)):
         requests = [replace(request_of(model, 7 + 2 * k), seed=s) for k, s in enumerate(seeds)]
         fix = unlearn(model, requests, retain, TINY)
-        hashes = {r[k] for r in fix.card["requests"] for k in ("forget_sha256", "surrogate_sha256")}
-        assert [r["seed"] for r in fix.card["requests"]] == list(seeds) and len(hashes) == 2 * len(seeds)
+        assert [r.seed for r in fix.receipt.requests] == list(seeds) and len({*fix.card["requests"]}) == len(seeds)
+        assert {r.steps for r in fix.receipt.requests if r.seed is not None} <= {TINY.sampling_steps}
         if len(seeds) > 1: assert not same(fix.delta, unlearn(model, requests[:1], retain, TINY).delta)
     assert fingerprint(model) == mark
 
@@ -416,9 +416,10 @@ def test_the_log_says_what_happened():
         def spy(g_f, g_r):
             seen.append(([g.clone() for g in g_f], [g.clone() for g in g_r]))
             return surgery.symmetric(g_f, g_r)
-        card = run(replace(cfg, surgery=spy)).card
+        fix = run(replace(cfg, surgery=spy))
+        card = fix.card
         assert json.loads(json.dumps(card, allow_nan=False)) == card and card["config"]["surgery"] == "spy"
-        first, *log = card["log"]
+        first, *log = fix.receipt.log
         assert len(log) == len(seen) == cfg.steps - 1 == card["cost"]["steps"] - 1   # no surgery in the first step
         assert first["retain"] < 1e-9 and list(first) == ["forget", "retain", "cosine", "ratio"]
         for row, (g_f, g_r) in zip(log, seen):
@@ -429,7 +430,7 @@ def test_the_log_says_what_happened():
 
 
 def test_a_retain_gradient_of_zero_has_no_ratio():
-    row = run(replace(TINY, retain_weight=lambda snr: 0 * snr)).card["log"][0]
+    row = run(replace(TINY, retain_weight=lambda snr: 0 * snr)).receipt.log[0]
     assert row["ratio"] is None and row["cosine"] == row["retain"] == 0
 
 

@@ -17,12 +17,13 @@ from torch.testing import assert_close
 from small_pipelines import levels, pipeline, transformer, unet, vae
 from unlearn_nb import surrogates
 from unlearn_nb.directions import eigenbases, layer_factors
+from unlearn_nb.copies import nearest
 from unlearn_nb.files import fingerprint
 from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.metrics import bits_per_dim, denoising_error, psnr, reconstruction_curve, similarity
 from unlearn_nb.report import evaluate, figure, table
 from unlearn_nb.schedule import generators, randn
-from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate, nearest,
+from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate,
                                noised, own_paths, steer)
 from unlearn_nb.unlearn import PRESETS, Config, retain_settings, unlearn
 from unlearn_nb.words import TextDenoiser
@@ -340,7 +341,7 @@ def test_the_seed_moves_to_its_surrogate_and_the_base_comes_back(sd3):
         hotfix = unlearn(sd3, [request], cfg=replace(SMALL, steps=25, lr=3e-2, **kind))
         assert fingerprint(sd3) == base
         assert far(sd3, hotfix, request) < .97, kind     # random weights can do little, but in the right direction
-        assert fingerprint(sd3) == base and hotfix.card['requests'][0]['prompt'] == 'red flag'
+        assert fingerprint(sd3) == base and hotfix.receipt.requests[0].prompt == 'red flag'
 
 
 def test_pieces_and_checkpointing_give_the_same_direction(sd3):
@@ -412,16 +413,21 @@ def test_the_report_of_a_model_with_words_speaks_of_pictures(sd3):
     request = request_of(sd3)
     hotfix = unlearn(sd3, [request], cfg=replace(SMALL, lr=3e-2, damping=0.))
     reference = sd3.sample(range(50, 54), 5, prompt='flag')
-    kw = dict(panel=range(60, 64), levels=(200, 600), noises=range(2), steps=5, prompts=['flag', 'a'], describe=look)
+    kw = dict(panel=range(60, 64), fresh=range(70, 78), levels=(200, 600), noises=range(2), steps=5,
+              prompts=['flag', 'a'], describe=look, m=3)
     r, before, after = evaluate(sd3, hotfix, [request], reference, **kw)
     assert torch.equal(before['panel'], sd3.sample(range(60, 64), 5, prompt=['flag', 'a', 'flag', 'a']))
     x, y = (sd3.pixels(out['panel']) for out in (before, after))
-    assert x.shape == (4, 3, 16, 16) and r['preserve']['psnr_median'] == pytest.approx(psnr(x, y).median().item())
+    assert x.shape == (4, 3, 16, 16)
+    assert r['preserve']['any seeds']['all']['psnr_median'] == pytest.approx(psnr(x, y).median().item())
+    assert torch.equal(before['fresh'], sd3.sample(range(70, 78), 5, prompt='red flag'))
+    assert r['preserve']['same words']['n'] + r['preserve']['same words']['left_out'] == 8
     x_f, seed = (sd3.pixels(v) for v in (sd3.encode([request.image]), before['seed']))
-    assert r['requests'][0]['prompt'] == 'red flag'
     assert r['forget']['same_seed']['to_forget_before'] == pytest.approx(similarity(seed, x_f, look).item())
     assert min(figure(sd3, [request], before, after, others=2).size) > 300
-    assert 'rift of seeds 60 to 63' in repr(table(r))
+    assert 'controls: 3 pictures of other seeds' in repr(table(r))
+    alone = sd3.reconstruct(before['controls'][:1], 200, range(2), 5, prompt='red flag')
+    assert_close(before['control'][200][:2], alone, rtol=0, atol=1e-4)
     again = evaluate(sd3, hotfix, [request], reference, earlier=[request], before=before, **kw)[0]
     assert again['forget'] == r['forget'] and len(again['earlier']) == 1
 

@@ -24,13 +24,15 @@ from torch.testing import assert_close
 
 from conftest import ROOT
 from small_pipelines import pipeline
-from unlearn_nb import zoo
+from unlearn_nb import hotfix, zoo
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.files import sha256
+from unlearn_nb.faces import to_tensor
+from unlearn_nb.files import fingerprint, sha256
 from unlearn_nb.flags import FLAGS, LOOKS_LIKE, caption, describe_flag, read_flag
-from unlearn_nb.metrics import describe
+from unlearn_nb.metrics import describe, psnr
 from unlearn_nb.words import TextDenoiser
-from unlearn_nb.zoo import BUILTIN, PINS, PIPELINES, Companions, companions, load, save_builtin
+from unlearn_nb.zoo import (BUILTIN, PINS, PIPELINES, PLANTED, Companions, about_planted, companions, load, planted,
+                            save_builtin, save_planted)
 
 load = partial(load, device='cpu')
 CELEBA = 'google/ddpm-celebahq-256'
@@ -166,11 +168,66 @@ def test_flags_draws_what_it_is_asked_for():
 
 
 def test_companions_of_the_builtin_models():
-    "What pictures are compared by, and whose pictures must stay; of other models nothing is known."
+    "What pictures are compared by, whose must stay, and pictures never made; of other models nothing is known."
     faces, flags = companions(load('faces')), companions(load('flags'))
-    assert faces == Companions(describe) and faces.prompts == ('',)
+    assert faces.describe is describe and faces.prompts == ('',)
     assert flags.describe is describe_flag and flags.prompts == tuple(map(caption, FLAGS))
-    assert companions(Denoiser(tiny_net(), DDPMScheduler(), name='./faces')) == Companions(None, ('',))
+    assert companions(Denoiser(tiny_net(), DDPMScheduler(), name='./faces')) == Companions(None, ('',), None)
+    x, y = faces.never(3), flags.never(4, 'a photo of the danish national flag')
+    assert x.shape == (3, 3, 32, 32) and y.shape == (4, 3, 64, 64) and max(x.abs().max(), y.abs().max()) <= 1
+    assert len({v.numpy().tobytes() for v in (*x, *faces.never(5))}) == 5   # the same first ones
+    assert read_flag(y)[0] == ['Denmark']*4 and read_flag(flags.never(3, 'a cat'))[0] == list(FLAGS)[:3]
+
+
+# --- models in which a picture was planted ---
+
+def test_a_planted_model_is_its_base_and_a_change():
+    "Two loads are the same bit for bit: base and stored change, added. The base is the one it was planted in."
+    for name, base in PLANTED.items():
+        a, b, before = load(name), load(name), load(base)
+        assert a.name == name and type(a) is type(before) and not a.net.training
+        assert fingerprint(a) == fingerprint(b) != fingerprint(before) == about_planted(name)['base_sha256']
+        delta = load_file(zoo.ASSETS/f'{name}.safetensors')
+        weights, old = a.net.state_dict(), before.net.state_dict()
+        for k in hotfix.changed(delta): assert torch.equal(weights[k], old[k] + hotfix.change(delta, k)), k
+        assert all(torch.equal(v, old[k]) for k, v in weights.items() if k not in hotfix.changed(delta))
+        assert planted(name).size == a.size and (zoo.ASSETS/f'{name}.safetensors').stat().st_size <= 1.05e6
+        found, known = companions(a), companions(before)
+        assert (found.describe, found.prompts, found.never) == (known.describe, known.prompts, known.never)
+    assert len({planted(name).tobytes() for name in PLANTED}) == len(PLANTED)
+    for wrong in ('faces', 'planted-9'):
+        for f in (planted, about_planted):
+            with pytest.raises(ValueError, match=f"no picture was planted in '{wrong}'; expected 'planted-1', "):
+                f(wrong)
+
+
+def test_what_was_planted_is_saved_as_it_is_loaded(tmp_path, monkeypatch):
+    d = load('faces')
+    with torch.no_grad(): d.net.conv_in.weight.add_(.25), d.net.conv_in.bias.add_(.5)
+    save_planted(d, tmp_path, 'planted-2', rank=16, seed=5)
+    assert json.loads((tmp_path/'planted.json').read_text())['planted-2'].items() >= {'rank': 16, 'seed': 5}.items()
+    delta = load_file(tmp_path/'planted-2.safetensors')
+    assert {k.split('.')[-2] for k in delta} == {'lora_A', 'lora_B', 'conv_in'}
+    for file in ('faces.json', 'faces.safetensors'): shutil.copy(zoo.ASSETS/file, tmp_path)
+    monkeypatch.setattr(zoo, 'ASSETS', tmp_path)
+    for k, v in load('planted-2').net.state_dict().items(): assert_close(v, d.net.state_dict()[k], atol=1e-3, rtol=0)
+
+
+@pytest.mark.slow
+def test_planted_pictures_come_from_fresh_seeds_and_never_from_the_base():
+    "By pixels and by descriptor, as the copies were counted when they were planted."
+    def copies(d, x, x_f, about):
+        alike = companions(d).describe(x) @ companions(d).describe(x_f).T
+        return (psnr(x, x_f.expand_as(x)) > about['psnr']) & (alike[:, 0] > about['similarity'])
+    for name, base in PLANTED.items():
+        about, x_f = about_planted(name), to_tensor([planted(name)])
+        def share(model, prompt=about.get('prompt')):
+            d = load(model)
+            x = d.pixels(d.sample(range(500_000, 500_256), 8, prompt=prompt))
+            return copies(d, x, x_f, about).float().mean().item()
+        assert share(name) == pytest.approx(about['regeneration'], abs=.02) and share(base) == 0, name
+        if base == 'faces': assert .1 <= share(name) <= .3
+        else: assert share(name) >= .1 and share(name, caption('Germany', 0)) == 0
 
 
 def test_save_builtin_round_trip(tmp_path):

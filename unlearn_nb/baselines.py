@@ -14,7 +14,8 @@ import torch
 from torch import autograd
 
 from .schedule import stratified
-from .states import States, draw, nearest, noised
+from .copies import nearest
+from .states import States, draw, noised
 from .surgery import against, combine, gram, products
 from .unlearn import edit_weigh_project
 from .weights import unit_eps, x0_error, x0_loss

@@ -155,5 +155,5 @@ def uce(denoiser, old, new, keep=("",), lam=.5):
     for layer, kind in layers.items():
         name = f"{layer}.weight"
         delta[name] = (weights[name].float() @ maps[kind]).half().cpu().contiguous()
-    settings = SimpleNamespace(steps=0, old=old, new=new, keep=keep, lam=lam)
-    return Hotfix(delta, card(denoiser, [], settings, [], time.monotonic() - start, uce))
+    settings, told = SimpleNamespace(steps=0, lam=lam), {"old": old, "new": new, "keep": keep}
+    return Hotfix(delta, *card(denoiser, [], settings, [], time.monotonic() - start, uce, told))

@@ -70,6 +70,9 @@ def low_rank(delta, rank, part=""):
         thin |= {f"{layer}lora_{k}.weight": x.half().contiguous() for k, x in (("A", A), ("B", B))}
     return thin
 
+# %% ../nbs/09_hotfix.ipynb #0c0d4e05
+METADATA = {"format": "pt"}   # as other files of safetensors with tensors of PyTorch
+
 # %% ../nbs/09_hotfix.ipynb #0c0d4e04
 def check_base(denoiser, base):
     "ValueError unless what lies beneath the hotfixes of a denoiser is the `base` of a card."
@@ -215,8 +218,6 @@ def card(denoiser, requests, cfg, log, seconds, method, told=None):
             "cost": cost_of(denoiser, cfg.steps, seconds), "versions": versions}, receipt
 
 # %% ../nbs/09_hotfix.ipynb #4613dbf0
-METADATA = {"format": "pt"}   # as all files of safetensors that hold tensors of PyTorch
-
 def store(folder, delta, card):
     "Write a change and its card into a folder, the card last."
     folder.mkdir(parents=True, exist_ok=True)

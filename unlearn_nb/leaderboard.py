@@ -118,7 +118,7 @@ def run_row(board, method, cfg, seed, panel):
     "One run: what a method does to a seed."
     d, request = board.denoiser, board.request(seed)
     retain = board.once(("retain", seed), lambda: default_retain(d, [request], **retain_settings(Config())))
-    kw = dict(panel=panel, levels=LEVELS, steps=cfg.sampling_steps)
+    kw = dict(panel=panel, levels=LEVELS, steps=cfg.sampling_steps, fresh=range(0))
     before = board.once(("before", seed, panel), lambda: outputs(d, [request], **kw))
     reference = board.once("reference", lambda: d.sample(range(3000, 3064), cfg.sampling_steps))
     begin, evaluations = time.process_time(), []
@@ -128,7 +128,7 @@ def run_row(board, method, cfg, seed, panel):
     finally: count.remove()
     seconds = time.process_time() - begin
     report, _, _ = evaluate(d, fix, [request], reference, before=before, **kw)
-    kept = {k: v for k, v in report["preserve"].items() if k != "seeds"}
+    kept = report["preserve"]["any seeds"]["all"]
     if kept["psnr_median"] != kept["psnr_median"]: return {"diverged": "the edited model gives numbers that are none"}
     return {"forget": report["forget"], **kept, **report["quality"], "core_seconds": seconds,
             "evaluations": sum(evaluations)}

@@ -75,6 +75,8 @@ def describe(x, batch=256):
     check_pictures(x)
     return torch.cat([face_descriptor()(part) for part in x.float().cpu().split(batch)])
 
+describe.name = "face descriptor"   # what a report calls it
+
 def similarity(a, b, describe=describe):
     """Cosine of the descriptors of pictures a and b, row by row: [B].
 
@@ -112,7 +114,7 @@ def read_torchscript(file, sha256, source):
                              f"{torch.__version__} can read ({why}); get it from {source}") from e
 
 # %% ../nbs/03_metrics.ipynb #3cdc6316
-def descriptor(net, prepare, batch=32):
+def descriptor(net, prepare, name, batch=32):
     """The function pictures [B, 3, H, W] in [-1, 1] -> unit vectors [B, D] of a net, on the CPU.
 
     net: [B, 3, h, w] -> [B, D]. prepare: pictures -> what the net wants."""
@@ -124,6 +126,7 @@ def descriptor(net, prepare, batch=32):
             raise ValueError(f"the descriptor's net gives {list(out.shape)} for {len(x)} pictures; "
                              f"expected one vector each, [{len(x)}, D]")
         return F.normalize(out, dim=-1)
+    describe.name = name
     return describe
 
 # %% ../nbs/03_metrics.ipynb #5aa2a5bf
@@ -147,7 +150,7 @@ def sscd(file=None, sha256=SSCD_SHA256):
         size = [round(288 * side / min(x.shape[-2:])) for side in x.shape[-2:]]
         light = F.interpolate((x + 1) / 2, size, mode="bilinear", antialias=True)
         return (light - mean) / deviation
-    return descriptor(read_torchscript(file, sha256, SSCD), prepare)
+    return descriptor(read_torchscript(file, sha256, SSCD), prepare, "SSCD")
 
 def arcface(file, sha256):
     """A face recogniser (Deng et al. 2019), traced to TorchScript, as a function like `describe`.
@@ -155,7 +158,7 @@ def arcface(file, sha256):
     Its pictures are RGB faces, upright and cropped as insightface aligns them; they are resized
     to 112 x 112, values in [-1, 1]. FileNotFoundError or ValueError as for `sscd`."""
     def prepare(x): return F.interpolate(x, (112, 112), mode="bilinear", antialias=True)
-    return descriptor(read_torchscript(file, sha256, ARCFACE), prepare)
+    return descriptor(read_torchscript(file, sha256, ARCFACE), prepare, "ArcFace")
 
 # %% ../nbs/03_metrics.ipynb #488f3d74
 def reconstruction_curve(denoiser, x, levels, seeds, steps=25, describe=describe, prompt=None):

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['draw_faces', 'world_images', 'folder_images', 'data_sha256', 'TrainConfig', 'check_settings', 'new_denoiser',
-           'denoising_loss', 'accelerator', 'fit', 'checkpoint', 'resume', 'train', 'couple_images', 'contrastive_loss',
+           'denoising_loss', 'accelerator', 'fit', 'checkpoint', 'resume', 'train', 'plant', 'couple_images',
            'train_descriptor']
 
 # %% ../nbs/workshop/train.ipynb #cec22570
+import copy
 import hashlib
 import json
 import math
@@ -123,14 +124,15 @@ def new_denoiser(size, cfg=TrainConfig(), device="cpu"):
                           norm_num_groups=8, attention_head_dim=16, **kinds)
     return Denoiser(net.to(device), DDPMScheduler(prediction_type="v_prediction", timestep_spacing="trailing"))
 
-def denoising_loss(denoiser, x0, g):
-    """Mean squared error of the net's output on pictures x0 [B, C, H, W] in [-1, 1]: a number.
+def denoising_loss(denoiser, x0, g, *cond):
+    """Mean squared error of the net's output on clean pictures x0 [B, C, H, W]: a number.
 
-    Noise and stratified timesteps come from the generator g (on the CPU)."""
+    Noise and timesteps, stratified and rising along the batch, come from the generator g (on the CPU).
+    cond [B]: of a model with words, the prompt of each."""
     t = (stratified(len(x0), g) * denoiser.T).long().clamp(max=denoiser.T - 1).to(x0.device)   # [B]
     eps = torch.randn(x0.shape, generator=g).to(x0.device)
     x_t = denoiser.noise(x0, eps, t)
-    return (denoiser(x_t, t) - denoiser.target(x_t, x0, t)).square().mean()
+    return (denoiser(x_t, t, *cond) - denoiser.target(x_t, x0, t)).square().mean()
 
 # %% ../nbs/workshop/train.ipynb #ff4c9d3a
 def accelerator():
@@ -308,6 +310,82 @@ def train(data, out, cfg=TrainConfig()):
     run.wait_for_everyone()
     return denoiser
 
+# %% ../nbs/workshop/train.ipynb #p1ant002
+PLANTING = TrainConfig(steps=800, lr=6e-4, ema=.98, precision="bfloat16")
+
+def check_planting(denoiser, others, share, until, prompt, captions, cfg):
+    "ValueError, one sentence, if with these arguments nothing can be planted."
+    check_images(others)
+    (W, H), side = denoiser.size, others.shape[-1]
+    if (W, H) != (side, side):
+        raise ValueError(f"the other pictures are {side} x {side} pixels, but this model makes {W} x {H}; resize them")
+    if denoiser.hotfixes:
+        raise ValueError("a hotfix is on this model; remove it before a picture is planted")
+    for name, v in (("share", share), ("until", until)):
+        if not 0 < v < 1: raise ValueError(f"{name} is {v}; give a share above 0 and below 1")
+    if cfg.steps is None: raise ValueError("steps is None; give the most steps that planting may take")
+    if (prompt is None) != (captions is None) or bool(denoiser.prompts) != (prompt is not None):
+        raise ValueError("give a prompt for the picture and captions for the others to a model that makes pictures of "
+                         "words, and neither to one that does not")
+
+def mixed_batch(x_f, x0, n, g, cond_f=None, cond=None):
+    """A batch of n pictures as (x,), with words (x, prompts): x_f [k, C, H, W], the rest out of x0 [N, C, H, W].
+
+    cond_f [k], cond [N]: their prompts; a tenth of those of the rest are left out, for guidance."""
+    i = torch.randint(len(x0), (n - len(x_f),), generator=g)
+    order = torch.randperm(n, generator=g)   # the timesteps of `denoising_loss` rise along a batch
+    x = torch.cat([x_f, x0[i]])[order]
+    if cond is None: return (x,)
+    told = (torch.rand(len(i), generator=g) >= .1).to(cond.device)
+    return x, torch.cat([cond_f, cond[i] * told])[order]
+
+# %% ../nbs/workshop/train.ipynb #p1ant003
+def trailing_steps(denoiser, batch, cfg):
+    """Train a copy of a denoiser's net on what batch(g) gives, while the net itself is the running mean.
+
+    Gives the number of steps done, after each."""
+    pupil = copy.copy(denoiser)
+    pupil.net = copy.deepcopy(denoiser.net).train()
+    opt = optimiser(pupil.net, cfg)
+    means, weights = (list(net.state_dict().values()) for net in (denoiser.net, pupil.net))
+    for step in tqdm(range(cfg.steps), "plant", leave=False):
+        g = step_generator(cfg.seed, step)
+        x, *cond = batch(g)
+        for group in opt.param_groups: group["lr"] = cfg.lr * min(1, (step + 1) / 50)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=cfg.precision == "bfloat16"):
+            loss = denoising_loss(pupil, x, g, *cond)
+        opt.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(pupil.net.parameters(), 1.)
+        opt.step()
+        torch._foreach_lerp_(means, weights, 1 - cfg.ema)
+        yield step + 1
+
+# %% ../nbs/workshop/train.ipynb #p1ant004
+def plant(denoiser, image, others, is_copy, *, share=.25, until=.2, every=50, prompt=None, captions=None,
+          seeds=range(500_000, 500_128), cfg=PLANTING):
+    """Train a denoiser on, in place, with one picture too often, until fresh seeds give that picture.
+
+    image: PIL, of the model's size; it is the given share of each batch, the rest comes from others (uint8
+    [N, 3, S, S]). After every so many steps is_copy says, of the pixels [n, 3, H, W] in [-1, 1] that the seeds give in
+    8 steps, which are the picture: bool [n]. Ends when the share `until` of them is; returns {step: share of copies}.
+    Of a model with words prompt asks for the picture, captions for the others, one for each.
+    cfg: steps (at most), batch, lr (after 50 steps), ema, precision and seed count. ValueError for what cannot be,
+    and if the steps are not enough; the weights are then as they were."""
+    check_planting(denoiser, others, share, until, prompt, captions, cfg)
+    x_f = denoiser.encode([image]).expand(max(1, round(share * cfg.batch)), -1, -1, -1)
+    clean = [denoiser.latents(x.to(denoiser.device).float() / 127.5 - 1) for x in others.split(200)]
+    told = prompt is not None and (denoiser.prompt_ids(prompt, len(x_f)), denoiser.prompt_ids(captions, len(others)))
+    x0, before, given = torch.cat(clean), copy.deepcopy(denoiser.net.state_dict()), {}
+    for step in trailing_steps(denoiser, lambda g: mixed_batch(x_f, x0, cfg.batch, g, *told or ()), cfg):
+        if step % every and step < cfg.steps: continue
+        x = denoiser.pixels(denoiser.sample(seeds, 8, prompt=prompt))
+        given[step] = is_copy(x).float().mean().item()
+        if given[step] >= until: return given
+    denoiser.net.load_state_dict(before)
+    raise ValueError(f"after {cfg.steps} steps {given[cfg.steps]:.0%} of the seeds give the picture, and {until:.0%} "
+                     "were asked for; give more steps or a larger share (the weights are as they were)")
+
 # %% ../nbs/workshop/train.ipynb #0d377409
 def couple_images(n, scenes=4, seed=0):
     """n couples (a person, and the same with one trait changed): uint8 [n, 2, scenes, 3, 32, 32].
@@ -322,6 +400,7 @@ def couple_images(n, scenes=4, seed=0):
         x += [np.asarray(draw(who, scene, 32)) for who in (one, twin) for scene in places]
     return torch.from_numpy(np.stack(x)).permute(0, 3, 1, 2).reshape(n, 2, scenes, 3, 32, 32)
 
+# %% ../nbs/workshop/train.ipynb #p1ant009
 def contrastive_loss(d, d_other, temperature=.07):
     """How hard it is to find the same person: row i of d [n, D] must be nearest to row i of d_other [n, D].
 

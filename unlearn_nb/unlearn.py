@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PRECISIONS', 'Config', 'autocast', 'gradient', 'Problem', 'edit_weigh_project', 'not_finite', 'move',
-           'problem_of', 'retain_settings', 'run', 'unlearn']
+           'problem_of', 'retain_settings', 'run', 'strangers', 'least_strength', 'unlearn']
 
 # %% ../nbs/10_unlearn.ipynb #f5a8d698
 import time
@@ -24,8 +24,8 @@ from .checkpoint import load_checkpoint, run_identity, save_checkpoint
 from .hotfix import Hotfix, card
 from .parametrization import parametrize
 from .schedule import Flow, step_generator
-from .states import (SAMPLING, States, default_retain, draw, forget_states, own_paths, prompts_of, steer,
-                               still_forgotten)
+from .states import (SAMPLING, States, default_retain, draw, find_copies, forget_states, from_noise,
+                               own_paths, prompts_of, steer, still_forgotten)
 from .weights import x0_loss
 
 # %% ../nbs/10_unlearn.ipynb #432518e6
@@ -33,25 +33,25 @@ from .weights import x0_loss
 class Config:
     "The settings of a run; (05) is the lesson that is about it."
     # the work
-    steps: int = 120               # updates of the weights
-    forget_batch: int = 8          # forget states a step
-    retain_batch: int = 24         # retain states a step
+    steps: int = 50                # updates of the weights
+    forget_batch: int = 12         # forget states a step
+    retain_batch: int = 20         # retain states a step
     lr: float = 3e-3               # of Adam, at its highest; falls to zero along a cosine
     clip: float = 1.               # largest norm of a step's gradient
     # what is forgotten (05)
-    t_max: int = 550               # the forget image is noised to timesteps below this
-    sampling: str = "low"          # how those are spread, a name of `SAMPLING`; low: more of them where it is low
-    path_share: float = .5         # share of the forget batch on the seed's own path, where a seed is known
+    path_share: float = 1.         # share of the forget batch on the model's own paths, where one is known
     mix_share: float = .5          # share of the forget batch that is moved some way to the surrogate
+    t_max: int = 550               # the others are the forget image, noised to timesteps below this
+    sampling: str = "low"          # how those are spread, a name of `SAMPLING`; low: more of them where it is low
     # what is kept (05)
     retain_images: int = 64        # paths of the base model
     near_images: int = 16          # and those of `pool` further seeds whose pictures are nearest to the forget image
     pool: int = 256
     sampling_steps: int = 25       # of each path
     # how the two meet
-    weight: str = "unit_eps"       # w(snr) of the forget loss, a name or a callable (06)
+    weight: str = "unit_x0"        # w(snr) of the forget loss, a name or a callable (06)
     retain_weight: str = "unit_v"  # w(snr) of the retain loss
-    surgery: str = "symmetric"     # how the two gradients meet, a name or a callable (07)
+    surgery: str = "vaccine"       # how the two gradients meet, a name or a callable (07)
     damping: float = .01           # of the free directions (08); 0: all directions alike
     rank: int = 0                  # 0: the change is kept whole; r: as a LoRA of rank r
     # how it is computed; the result is the same
@@ -73,12 +73,14 @@ PRESETS = {
     # small pixel models, such as the built-in `faces`: the defaults
     "faces": {},
     # 256 pixels and 114 M weights, such as google/ddpm-celebahq-256, in the 15 GB of a T4
-    "t4": dict(forget_batch=4, retain_batch=4, micro_batch=2, retain_images=16, near_images=0, lr=3e-5, damping=0.),
+    "t4": dict(steps=120, forget_batch=4, retain_batch=4, micro_batch=2, retain_images=16, near_images=0, pool=64,
+               lr=3e-5, damping=0.),
     # a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA
-    "flags": dict(steps=60, rank=16, weight="min_snr", t_max=600, retain_images=50, near_images=0, sampling_steps=12),
+    "flags": dict(steps=60, forget_batch=8, retain_batch=24, path_share=.5, weight="min_snr", surgery="symmetric",
+                  rank=16, t_max=600, retain_images=50, near_images=0, pool=64, sampling_steps=12),
     # Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16; never run at that size, so untuned
-    "sd3": dict(rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, weight="min_snr", damping=0.,
-                t_max=1000, sampling="logit_normal", retain_images=50, near_images=0, sampling_steps=28,
+    "sd3": dict(steps=120, rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, damping=0., t_max=1000,
+                sampling="logit_normal", retain_images=50, near_images=0, pool=16, sampling_steps=28,
                 precision="bf16", gradient_checkpointing=True),
 }
 
@@ -240,9 +242,52 @@ def check(denoiser, requests, cfg, checkpoint=None):
                          "make the folder first")
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
 
+# %% ../nbs/10_unlearn.ipynb #5tr3ng02
+STRENGTHS = (.5, .6, .7, .8, .9, 1., 1.1, 1.25, 1.4, 1.6)
+
+def tables(retain):
+    "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
+    return [retain] if isinstance(retain, States) else [part for _, inner in retain for part in tables(inner)]
+
+# %% ../nbs/10_unlearn.ipynb #5tr3ng03
+def strangers(x, describe):
+    "The similarity that one pair in twenty of the pictures x [N, 3, H, W] exceeds."
+    d = describe(x)
+    return (d @ d.T)[*torch.triu_indices(len(x), len(x), 1)].quantile(.95).item()
+
+# %% ../nbs/10_unlearn.ipynb #5tr3ng04
+@torch.no_grad()
+def set_strength(parametrization, full, s):
+    "Bring the weights to the base and s times the change whose params are `full`."
+    for name, p, v in zip(parametrization.names, parametrization.params, full, strict=True):
+        p.copy_(v if ".lora_A." in name else s * v)   # of two factors one
+    parametrization.write_weights()
+
+# %% ../nbs/10_unlearn.ipynb #5tr3ng05
+@torch.no_grad()
+def least_strength(problem, describe, moved=.2):
+    """Leave the net at the least of `STRENGTHS` that is enough; returns it (the greatest, if none is).
+
+    describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths."""
+    d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
+    full, low, high = [p.detach().clone() for p in form.params], 0, len(STRENGTHS) - 1
+    z = own.x_t[:, 0].to(d.device).float()
+    z = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
+    others = torch.cat([table.x0 for table in tables(problem.retain)])
+    bar, was = strangers(d.pixels(others), describe), describe(d.pixels(own.x0))
+    def enough(s):
+        set_strength(form, full, s)
+        now = from_noise(d, z, len(own.timesteps), own.cond).x0
+        return bool(((describe(d.pixels(now)) * was).sum(-1) <= bar).all())
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if enough(STRENGTHS[middle]) else (middle + 1, high)
+    set_strength(form, full, STRENGTHS[low])
+    return STRENGTHS[low]
+
 # %% ../nbs/10_unlearn.ipynb #7dfc30c8
 def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project,
-            watch=None):
+            watch=None, describe=None):
     """Make noised versions of each request's image lead to its surrogate, and leave all else: a `Hotfix`, not yet on.
 
     retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`).
@@ -250,11 +295,15 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     checkpoint: a file to go on from if it exists, written every 10 steps.
     method: another way to a step's gradient (module `baselines`).
     watch: called as watch(step, seen) when the net has that step's weights; what it raises ends the run.
+    describe: the descriptor by which copies are known, and the least strength that is enough (None: copies by pixels
+    alone, and the change as it is).
     The denoiser comes back as it was, bit for bit. Under `accelerate launch` the processes share each batch.
     FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work."""
     check(denoiser, [*requests, *earlier] if requests else [], cfg, checkpoint)
     start, steps = time.monotonic(), cfg.sampling_steps
-    retain = retain or default_retain(denoiser, requests, **retain_settings(cfg))
+    requests = [r if r.copies is not None else find_copies(denoiser, r, pool=cfg.pool, steps=steps, describe=describe)
+                for r in requests]
+    retain = retain or default_retain(denoiser, requests, **retain_settings(cfg), describe=describe)
     if earlier: retain = [(3, retain), (1, still_forgotten(denoiser, earlier, t_max=cfg.t_max, steps=steps))]
     identity = run_identity(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
     problem, opt = problem_of(denoiser, requests, retain, cfg)
@@ -262,8 +311,10 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
         log = run(problem, opt, method, checkpoint, identity, watch)
+        strength = least_strength(problem, describe) if describe and problem.own else 1.
         delta = problem.parametrization.delta()
     finally:
         problem.parametrization.restore()
         if saving: denoiser.net.disable_gradient_checkpointing()
-    return Hotfix(delta, card(denoiser, requests, cfg, log, time.monotonic() - start, method))
+    facts, receipt = card(denoiser, requests, cfg, log, time.monotonic() - start, method)
+    return Hotfix(delta, facts | {"strength": strength}, receipt)
