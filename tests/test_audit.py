@@ -285,6 +285,7 @@ def small(monkeypatch):
         if name.startswith("A7"): function = partial(function, updates=1, levels=2)
         if name.startswith("A9"): function = partial(function, after=(0, 2))
         monkeypatch.setitem(ATTACKS, name, replace(attack, m=3, function=function))
+    monkeypatch.setattr(a, "FEWER", 3)
     monkeypatch.setattr(a, "descend", lambda loss, x, steps, *rest, d=a.descend: d(loss, x, min(steps, 2), *rest))
     monkeypatch.setattr(a, "train", lambda m, x, steps, *rest, t=a.train, **kw: t(m, x, min(steps, 2), *rest, **kw))
 
@@ -295,11 +296,11 @@ def of_pipeline(kind):
     return TextDenoiser(net, pipe.scheduler, text=prompt_encoder(pipe), vae=pipe.vae, guidance=2., name=kind)
 
 
-def all_of(model, request, monkeypatch, describe=flat):
+def all_of(model, request, monkeypatch, attacks=None):
     small(monkeypatch)
-    result = a.audit(model, change_of(model), request, None, describe)
+    result = a.audit(model, change_of(model), request, None, flat, attacks)
     json.dumps(result, allow_nan=False)
-    assert [r["name"] for r in result["attacks"]] == list(ATTACKS)
+    assert [r["name"] for r in result["attacks"]] == a.chosen(attacks, False)
     return {r["name"]: r for r in result["attacks"]}
 
 
@@ -318,5 +319,6 @@ def test_all_of_it_on_pixels(monkeypatch):
 def test_all_of_it_on_latents_with_words(kind, monkeypatch):
     model = of_pipeline(kind)
     image, other = model.decode(model.sample([1, 2], 2, prompt="a king"))
-    rows = all_of(model, Request(image, other, 1, "a king", 2), monkeypatch)
+    some = "A1 A2 A3 A4 A5 A6 A7 A8 A9 A12 A14b A14c A14f".split()
+    rows = all_of(model, Request(image, other, 1, "a king", 2), monkeypatch, some)
     assert not [k for k, r in rows.items() if r["verdict"].startswith("n/a")]

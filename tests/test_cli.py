@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from small_pipelines import pipeline
+from test_hotfix import noisy, secrets_of
 from test_unlearn import tiny
 from unlearn_nb import zoo
 from unlearn_nb.cli import cli, main, new_folders, sentence
@@ -28,8 +29,8 @@ from unlearn_nb.metrics import check_pictures
 from unlearn_nb.states import Request
 from unlearn_nb.unlearn import PRESETS, Config
 
-PUBLIC = ["card.json", "hotfix.safetensors", "report.json"]
-PRIVATE = ["before_after.png", "forget_1.png", "receipt.json", "report.json", "surrogate_1.png"]
+PUBLIC = ["card.json", "hotfix.safetensors", "report.html", "report.json"]
+PRIVATE = ["before_after.png", "forget_1.png", "receipt.json", "report.html", "report.json", "surrogate_1.png"]
 
 
 def run(*args): main([str(a) for a in args])
@@ -62,12 +63,26 @@ def model(tmp_path_factory):
     return folder
 
 
+def fake_audit(monkeypatch):
+    "Instead of the audit: two rows at once; returns the list of what was asked."
+    asked = []
+    def fake(denoiser, hotfix, request, never, describe, attacks, quick, watch):
+        asked.append((denoiser.name, request.seed, never, attacks, quick))
+        watch("A1 reconstruction", 0, 1)
+        return {"attacks": [{"name": "A1 reconstruction", "kind": "file", "verdict": "leaks", "score": .123},
+                            {"name": "A8 word search", "verdict": "n/a: the model takes no words"}], "verdict": "leaks"}
+    monkeypatch.setattr("unlearn_nb.audit.audit", fake)
+    monkeypatch.setattr("unlearn_nb.audit.table", lambda result: "the table")
+    monkeypatch.setattr("unlearn_nb.audit.figure", lambda result: Image.new("RGB", (8, 8)))
+    return asked
+
+
 # --- whole runs ---
 
-def test_the_whole_path(model, tmp_path, capsys):
+def test_the_whole_path(model, tmp_path, capsys, monkeypatch):
     "Forget what a seed gives, with a surrogate of one's own: hotfix, card, report, picture; then sample with it."
-    Image.new("RGB", (8, 8), "teal").save(tmp_path/"s.png")
-    run("forget", "--model", model, "--seed", 101, "--surrogate", tmp_path/"s.png", "--steps", 2,
+    noisy(1).save(tmp_path/"s.png")
+    run("forget", "--model", model, "--seed", 987654321, "--surrogate", tmp_path/"s.png", "--steps", 2,
         "--out", tmp_path/"fix")
     assert names(tmp_path/"fix") == PUBLIC and names(tmp_path/"fix-private") == PRIVATE
     assert names(tmp_path) == ["fix", "fix-private", "s.png"]   # nothing hidden is left
@@ -77,9 +92,18 @@ def test_the_whole_path(model, tmp_path, capsys):
     for line, files in zip(said[-2:], (PUBLIC, PRIVATE)): assert ", ".join(files) in line
     report, card = read(tmp_path/"fix-private/report.json"), read(tmp_path/"fix/card.json")
     assert report["config"]["steps"] == 2 and request_in(tmp_path/"fix").steps == Config().sampling_steps
-    assert [row["t"] for row in report["forget"]["reconstruction"]] == [100, 250, 400]
+    assert [row["t"] for row in report["forget"]["reconstruction"]] == [100, 250, 400, 550]
     assert card["base"] == report["base"] and card["base"]["id"] == str(model)
-    assert read(tmp_path/"fix/report.json").keys() < report.keys()
+    fake_audit(monkeypatch)
+    pages = [(tmp_path/name/"report.html") for name in ("fix", "fix-private")]
+    before = [page.read_text().count("<img") for page in pages]
+    for _ in range(2): run("audit", tmp_path/"fix")   # the second one takes the first one's place
+    assert [page.read_text().count("<img") for page in pages] == [before[0], before[1] + 1]
+    assert all("A1 reconstruction" in page.read_text() for page in pages)
+    assert [read(page.with_name("report.json"))["audit"]["attacks"][1]["verdict"] for page in pages] == [
+        "n/a", "n/a: the model takes no words"]
+    public, secrets = b"".join(p.read_bytes() for p in (tmp_path/"fix").iterdir()), read_receipt(tmp_path/"fix-private")
+    assert not [secret for secret in secrets_of(secrets) if secret in public]
     with Image.open(tmp_path/"fix-private/before_after.png") as image: assert min(image.size) > 400
     Hotfix.load(tmp_path/"fix").apply(zoo.load(str(model), device="cpu"))
     base = sampled(tmp_path/"base.png", "--model", model)
@@ -162,6 +186,22 @@ def test_verify_says_which_request_a_hotfix_answers(two, model, tmp_path, capsys
     shutil.copytree(two/"one-private", tmp_path/"hurt")
     shutil.copy(two/"other-private"/"forget_1.png", tmp_path/"hurt"/"forget_1.png")
     assert "not the picture" in fails(capsys, "verify", two/"one", tmp_path/"hurt")
+
+
+def test_audit_fills_both_reports(two, tmp_path, capsys, monkeypatch):
+    "Numbers into the private one, a word for each attack into the public one."
+    for name in ("one", "one-private"): shutil.copytree(two/name, tmp_path/name)
+    (tmp_path/"one-private/report.json").write_text('{"passed": true}')
+    asked = fake_audit(monkeypatch)
+    run("audit", tmp_path/"one", "--attacks", "A1, A8", "--quick")
+    out, err = capsys.readouterr()
+    assert "1/1  A1 reconstruction" in out and "the table" in out and "pictures of other seeds" in err
+    assert asked == [(read(two/"one"/"card.json")["base"]["id"], 5, None, ["A1", "A8"], True)]
+    public, private = (read(tmp_path/name/"report.json") for name in ("one", "one-private"))
+    assert private["passed"] and private["audit"]["attacks"][0]["score"] == .123
+    assert public == {"audit": {"verdict": "leaks", "attacks": [
+        {"name": "A1 reconstruction", "verdict": "leaks"}, {"name": "A8 word search", "verdict": "n/a"}]}}
+    assert "is not that of the hotfix" in fails(capsys, "audit", tmp_path/"one", "--receipt", two/"other-private")
 
 
 def test_receipts_that_do_not_belong_are_refused(two, model, tmp_path, capsys):
@@ -342,6 +382,8 @@ forget --model faces --seed 1 --out . | not an empty folder
 demo --out {}/taken | taken-private
 verify {}/full {}/full | card.json
 verify {} | RECEIPT
+audit {}/full | card.json
+audit {}/full --receipt {}/full | card.json
 forget --model flags --seed 1 --surrogate {}/large.png --out {}/o | pictures of words
 sample --model flags --out {}/o.png | pictures of words
 sample --model faces --seeds 4:1 --out {}/o.png | 4:1
@@ -426,9 +468,9 @@ def test_help_names_the_defaults_of_config(capsys):
         run(command, "--help")
         out = " ".join(capsys.readouterr().out.split())
         assert f"Updates of the weights. [default: ({cfg.steps}" in out
-    assert f"({cfg.steps}; for 'flags' {flags['steps']})" in out
+    assert f"({cfg.steps}; for 'flags' {flags['steps']}, for large models {PRESETS['t4']['steps']})" in out
     assert f"({cfg.rank}; for 'flags' and Stable Diffusion 3 {flags['rank']})" in out
-    assert PRESETS["sd3"]["rank"] == flags["rank"] and not any("steps" in PRESETS[name] for name in ("t4", "sd3"))
+    assert PRESETS["sd3"]["rank"] == flags["rank"] and PRESETS["sd3"]["steps"] == PRESETS["t4"]["steps"]
 
 
 def test_python_m_is_the_command():

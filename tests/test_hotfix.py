@@ -500,13 +500,13 @@ def secrets_of(receipt):
     "All that must not stand in a public file, as bytes: in every form in which it might."
     found = [receipt.key, receipt.key.hex().encode(), base64.b64encode(receipt.key)]
     for r in receipt.requests:
-        found += [str(r.seed).encode(), r.prompt.encode(), *(str(k).encode() for k in r.copies)]
+        found += [str(v).encode() for v in (r.seed, r.prompt, *(r.copies or ())) if v is not None]
         for x in (r.image, r.surrogate):
             for data in (x.tobytes(), png_bytes(x), hashlib.sha256(png_bytes(x)).digest(),
                          bytes.fromhex(picture_sha256(x))):
                 part = data[-40:-12] if len(data) > 64 else data      # of a PNG some bytes of its pixels
                 found += [part, part.hex().encode(), base64.b64encode(part)]
-                found += [base64.b64encode(data)[k:k + 24] for k in range(0, len(data)*4//3 - 24, 24)]
+                found += [base64.b64encode(data)[k:k + 24] for k in range(72, len(data)*4//3 - 48, 24)]   # no PNG head
     return found
 
 

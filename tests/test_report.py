@@ -31,7 +31,7 @@ KEYS = {
     "seed": "to_forget_before to_forget_after width floor to_surrogate_after F overshoot highest verdict",
     "conspicuous": "t log_error z_before z verdict",
     "regeneration": "n before after surrogate_before surrogate_after chance bars seeds",
-    "any seeds": "n left_out psnr_median psnr_p5 cosine_median cosine_p5 all seeds",
+    "any seeds": "n left_out psnr_median psnr_p5 cosine_median cosine_p5 all seeds own_words",
     "near neighbours": "n left_out psnr_median psnr_p5 cosine_median cosine_p5",
     "quality": "kid_before kid_after",
     "cost": "steps seconds peak_memory_mb device",
@@ -260,7 +260,10 @@ def test_the_public_part_tells_nobody(made):
     changed = {**r["preserve"], "near neighbours": group(3.), "same words": group(4.)}
     changed["any seeds"] = r["preserve"]["any seeds"] | group(5.)
     assert report.public(r | {"preserve": changed}) == p
-    n = r["regeneration"] | {"before": 99, "surrogate_before": 7, "surrogate_after": 7, "chance": 3.}
+    changed["any seeds"]["own_words"] = True    # then the panel, too, tells of the request
+    assert not {v for v in scalars(report.public(r | {"preserve": changed})) if isinstance(v, float)} - {
+        *scalars(r["config"]), *scalars(r["cost"])}
+    n = r["regeneration"] | {"before": 99, "surrogate_before": 7, "surrogate_after": 7, "chance": 3., "bars": {}}
     assert report.public(r | {"regeneration": n}) == p
     attacks = {"attacks": [{"name": "A1", "verdict": "holds", "score": .5, "percentile": .4}], "verdict": "holds"}
     given = report.public(r | {"audit": attacks})["audit"]

@@ -112,7 +112,7 @@ def on(model, fix):
 class Stop(Exception): pass
 
 
-def stopping_at(call, rule="symmetric", how=Stop):
+def stopping_at(call, rule="vaccine", how=Stop):
     "The named rule of surgery, which stops the run when it is called for that time; by its name the same rule."
     calls, project = [], surgery.get(rule)
     def stops(g_f, g_r):

@@ -8,6 +8,7 @@ __all__ = ['two_folders', 'new_folders', 'parse_seeds', 'forget_one', 'cli', 'de
 
 # %% ../nbs/workshop/cli.ipynb #d10159c7
 import os
+import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
@@ -172,19 +173,14 @@ def request_of(denoiser, cfg, describe, seed, image, surrogate, prompt):
     for warning in surrogates.check(x_f, x_s, describe=describe).warnings: note(f"the surrogate: {warning}")
     return Request(x_f, x_s, seed, prompt, None if seed is None else cfg.sampling_steps)
 
-# %% ../nbs/workshop/cli.ipynb #8aff5056
-PUBLIC = ("schema", "passed", "rule", "base", "requests", "config", "preserve", "quality", "cost", "versions")
-
-def write_reports(folder, evidence, picture):
+# %% ../nbs/workshop/cli.ipynb #cli15008
+def write_reports(folder, denoiser, request, evidence, before, after):
     "The report: in full beside the receipt; beside the hotfix without what depends on the picture that must go."
-    import json
-
-    from unlearn_nb import report
-    from unlearn_nb.files import write
     from unlearn_nb.hotfix import private_folder
-    report.save_report(private_folder(folder), evidence, picture)
-    public = {k: evidence[k] for k in PUBLIC}
-    write(folder / "report.json", json.dumps(public, indent=1).encode())
+    from unlearn_nb.report import figure, pictures, public, save_report
+    seen = denoiser, [request], before, after
+    save_report(private_folder(folder), evidence, pictures(*seen), figure(*seen))
+    save_report(folder, public(evidence), pictures(*seen, private=False))
 
 def say_which(out, private):
     "The last two lines of a run: what may be given away, and what may not."
@@ -194,7 +190,7 @@ def say_which(out, private):
     click.echo(f"to keep: written to {private}: {listed(private)}; it shows what went, and proves it: "
                f"`unlearn_nb verify {out} {private}`")
 
-# %% ../nbs/workshop/cli.ipynb #07a1cc0d
+# %% ../nbs/workshop/cli.ipynb #8aff5056
 def forget_one(model, seed=None, image=None, surrogate=None, steps=None, out="unlearn_demo", rank=None, folders=(),
                receipts=(), checkpoint=None, cache=None, prompt=None, keep=()):
     "One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing."
@@ -212,15 +208,17 @@ def forget_one(model, seed=None, image=None, surrogate=None, steps=None, out="un
         describe, prompts = descriptor(denoiser), keep or companions(denoiser).prompts
         request = request_of(denoiser, cfg, describe, seed, image, surrogate, prompt)
         click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
-        others = default_retain(denoiser, [request], **retain_settings(cfg), cache=cache, prompts=prompts)
+        others = default_retain(denoiser, [request], **retain_settings(cfg), cache=cache, prompts=prompts,
+                                describe=describe)
         click.echo("3/4  unlearn")
-        hotfix = unlearn(denoiser, [request], others, cfg, earlier=earlier, checkpoint=checkpoint)
+        hotfix = unlearn(denoiser, [request], others, cfg, earlier=earlier, checkpoint=checkpoint, describe=describe)
         click.echo("4/4  before and after")
+        reference = others[bool(denoiser.prompts)][1].x0   # as the panel: in no words of the request
         evidence, before, after = report.evaluate(
-            denoiser, hotfix, [request], others[0][1].x0, earlier, describe=describe, panel=report.PANEL[:32],
-            steps=cfg.sampling_steps, prompts=[prompt, *prompts])
+            denoiser, hotfix, [request], reference, earlier, describe=describe, never=companions(denoiser).never,
+            panel=report.PANEL[:32], steps=cfg.sampling_steps, prompts=prompts)
         hotfix.save(folder)
-        write_reports(folder, evidence, report.figure(denoiser, [request], before, after))
+        write_reports(folder, denoiser, request, evidence, before, after)
     if checkpoint: Path(checkpoint).unlink(missing_ok=True)
     click.echo(f"\n{report.table(evidence)}\n")
     say_which(*places)
@@ -246,7 +244,7 @@ def cli(): "Make a diffusion model forget one picture that no prompt can name, a
 @option("--seed", kind=click.IntRange(min=0), unit="N", default=100,
         what="Forget the face that the model makes from this seed.")
 @option("--out", kind=FOLDER, unit="FOLDER", default="unlearn_demo", what=OUT)
-@option("--steps", kind=COUNT, unit="N", show_default="120", what="Updates of the weights.")
+@option("--steps", kind=COUNT, unit="N", show_default="50", what="Updates of the weights.")
 def demo(seed, out, steps):
     "Forget a face of the built-in model and show that it is gone. Takes about two minutes on 2 CPU cores."
     forget_one("faces", seed, steps=steps, out=out)
@@ -263,7 +261,8 @@ def demo(seed, out, steps):
 @option("--out", kind=FOLDER, required=True, unit="FOLDER", what=OUT)
 @option("--keep", multiple=True, unit="WORDS", show_default="of no words; for 'flags', of every flag",
         what="Pictures of these words must stay, beside those of --prompt. May be given several times.")
-@option("--steps", kind=COUNT, unit="N", show_default="120; for 'flags' 60", what="Updates of the weights.")
+@option("--steps", kind=COUNT, unit="N", show_default="50; for 'flags' 60, for large models 120",
+        what="Updates of the weights.")
 @option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; for 'flags' and Stable Diffusion 3 16",
         what="Write a LoRA of this rank; 0: whole weights.")
 @option("--hotfix", "folders", kind=FOLDER, multiple=True, unit="FOLDER",
@@ -318,6 +317,8 @@ def verify(hotfix, receipt, model):
     if not all(proved): raise SystemExit(1)
 
 # %% ../nbs/workshop/cli.ipynb #cli15006
+AUDIT = "The audit: each attack beside its controls"
+
 def audited(denoiser, fix, requests, attacks, quick):
     "The audit of each request, as one: {attacks, verdict}; says which attack is at work."
     from functools import partial
@@ -336,17 +337,33 @@ def audited(denoiser, fix, requests, attacks, quick):
         verdicts.append(found["verdict"] + of)
     return {"attacks": rows, "verdict": "; ".join(verdicts)}
 
-def add_audit(folder, private, result):
-    "Write what an audit found into the reports: all of it into the private one, a word for each attack into the other."
+def page_again(file, report, figures):
+    "report.html with another report and more figures; those that it shows are kept, but an older audit's."
+    from unlearn_nb.files import write
+    from unlearn_nb.report import html
+    kept = re.findall(r"<figure>.*?</figure>", file.read_text(encoding="utf-8"), re.DOTALL) if file.is_file() else []
+    page, title = html(report, figures), f"<figcaption>{AUDIT}"
+    shown = "".join(figure for figure in kept if title not in figure)
+    write(file, page.replace("</ul>", f"</ul>{shown}", 1).encode())
+
+def add_audit(folder, private, result, picture):
+    "Write what an audit found: all of it into the private reports, a word for each attack into the public ones."
     import json
 
+    from unlearn_nb.figures import png_bytes
     from unlearn_nb.files import write
+    from unlearn_nb.report import public
+    write(private / "audit.png", png_bytes(picture))
     words = {"attacks": [{"name": row["name"], "verdict": row["verdict"].split(":")[0]} for row in result["attacks"]],
              "verdict": result["verdict"]}
-    for place, found in ((private, result), (folder, words)):
-        file = place / "report.json"
-        evidence = json.loads(file.read_bytes()) if file.is_file() else {}
-        write(file, json.dumps(evidence | {"audit": found}, indent=1).encode())
+    file = private / "report.json"
+    evidence = json.loads(file.read_bytes()) if file.is_file() else {}
+    evidence["audit"] = result
+    shared = (public(evidence) if "verdicts" in evidence else {}) | {"audit": words}
+    for place, found in ((private, evidence), (folder, shared)):
+        write(place / "report.json", json.dumps(found, indent=1).encode())
+        figures = [(AUDIT, [[(picture, None, "one line for each attack, beside its controls")]])]
+        if "verdicts" in found: page_again(place / "report.html", found, figures if place == private else ())
 
 # %% ../nbs/workshop/cli.ipynb #cli15007
 @cli.command(epilog="Example: unlearn_nb audit seven --quick")
@@ -356,10 +373,8 @@ def add_audit(folder, private, result):
 @option("--quick", is_flag=True, show_default=False, what="Only the quick ones: some minutes instead of half an hour.")
 @option("--model", unit="MODEL", show_default="the one named on the card", what=f"The base: {MODELS}")
 def audit(hotfix, receipt, attacks, quick, model):
-    "Try to bring the forgotten picture back, and to read it from the file. Fills the reports."
+    "Try to bring the picture back, and to read it from the file. Fills the reports."
     from unlearn_nb.audit import figure, table
-    from unlearn_nb.figures import png_bytes
-    from unlearn_nb.files import write
     from unlearn_nb.hotfix import Hotfix, check_base, private_folder, read_receipt, verify
     from unlearn_nb.zoo import load
     private = Path(receipt) if receipt else private_folder(hotfix)
@@ -373,9 +388,8 @@ def audit(hotfix, receipt, attacks, quick, model):
     if fix.card.get("on"): note("this hotfix was made on top of others, which are not on here")
     names = [name.strip() for name in attacks.split(",")] if attacks else None
     result = audited(denoiser, fix, kept.requests, names, quick)
-    add_audit(Path(hotfix), private, result)
-    write(private / "audit.png", png_bytes(figure(result)))
-    click.echo(f"\n{table(result)}\n\nwritten to {private}: report.json, audit.png; a word of each attack to {hotfix}")
+    add_audit(Path(hotfix), private, result, figure(result))
+    click.echo(f"\n{table(result)}\n\nwritten to {private}: audit.png and reports; a word per attack to {hotfix}")
 
 # %% ../nbs/workshop/cli.ipynb #11531079
 @cli.command(epilog="Example: unlearn_nb sample --model faces --hotfix seven --out after.png")

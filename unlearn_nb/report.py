@@ -412,6 +412,7 @@ def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, des
     for part, name, seeds in ((found["preserve"]["any seeds"], "panel", PANEL),
                               (found["regeneration"], "fresh", FRESH)):
         if part: part["seeds"] = [min(kw.get(name, seeds)), max(kw.get(name, seeds)) + 1]
+    found["preserve"]["any seeds"]["own_words"] = bool(denoiser.prompts) and not kw.get("prompts")
     a, b, c = (describe(pixels_of(denoiser, x)) for x in (before["panel"], after["panel"], reference))
     found["quality"] = {"kid_before": kid(a, c), "kid_after": kid(b, c)}
     found["earlier"] = [{"seed": r.seed, "to_forget_before": a, "to_forget_after": b}
@@ -507,23 +508,26 @@ def public(report):
     """The part of a report that may be given away: what was looked at with its verdict, and the
     numbers that whoever has the hotfix can find as well.
 
-    Nothing that was computed from the forget image but verdicts and the count of fresh seeds that
-    still give it: with more, one could try out whose picture it was."""
-    n, panel = report["regeneration"], report["preserve"]["any seeds"]
-    kept = {k: panel[k] for k in ("seeds", "all")}
-    again = {k: n[k] for k in ("seeds", "n", "after", "bars")} if n else None
-    told = {"quality": good(report)[1], "drift: any seeds":
-            f"median {kept['all']['psnr_median']:.1f} dB, 5th percentile {kept['all']['psnr_p5']:.1f}"}
+    Nothing that was computed from the forget image or its words but verdicts and the count of fresh
+    seeds that still give it: with more, one could try out whose picture it was."""
+    n, panel, told = report["regeneration"], report["preserve"]["any seeds"], {}
+    known = not panel["own_words"]         # else the panel depends on the words of the request
+    kept = {"any seeds": {k: panel[k] for k in ("seeds", "all")}} if known else {}
+    if known:
+        said = f"median {panel['all']['psnr_median']:.1f} dB, 5th percentile {panel['all']['psnr_p5']:.1f}"
+        told = {"quality": good(report)[1], "drift: any seeds": said}
     if n: told["regeneration"] = f"{n['after']} of {n['n']} fresh seeds give the picture"
-    said = [{"name": v["name"], "said": told.get(v["name"], RULES[v["name"]][0]), "verdict": v["verdict"]}
-            for v in report["verdicts"]]
-    attacks = [{k: a[k] for k in ("name", "verdict") if k in a} for a in report["audit"].get("attacks", [])]
-    audit = {"attacks": attacks, "verdict": report["audit"].get("verdict")} if attacks else {}
-    same = {k: report[k] for k in ("schema", "passed", "said", "descriptor", "levels", "controls", "base", "config",
-                                   "quality", "cost", "versions")}
-    requests = [r for r in report["requests"] if isinstance(r, str)]   # commitments
-    return same | {"part": "public", "requests": requests, "verdicts": said, "preserve": {"any seeds": kept},
-                   "regeneration": again, "audit": audit}
+    judged = [v | {"said": told.get(v["name"], RULES[v["name"]][0])} for v in report["verdicts"]]
+    audit = report["audit"]
+    if audit:
+        attacks = [{k: a[k] for k in ("name", "verdict")} for a in audit["attacks"]]
+        audit = {"attacks": attacks, "verdict": audit["verdict"]}
+    same = ("schema", "passed", "said", "descriptor", "levels", "controls", "base", "config", "cost", "versions")
+    return {k: report[k] for k in same} | {
+        "part": "public", "verdicts": judged, "preserve": kept, "audit": audit,
+        "quality": report["quality"] if known else None,
+        "requests": [r for r in report["requests"] if isinstance(r, str)],   # commitments
+        "regeneration": {k: n[k] for k in ("seeds", "n", "after")} if n else None}
 
 # %% ../nbs/11_report.ipynb #15re0014
 def pictures(denoiser, requests, before, after, private=True, most=12):
@@ -547,7 +551,7 @@ def pictures(denoiser, requests, before, after, private=True, most=12):
     for part, title in (("reconstruction", "The forget image"), ("control", "A picture of the controls")):
         stacks = [pair for t, x in before[part].items() if len(x)
                   for pair in pairs(x[:1], after[part][t][:1], name=f", from t = {t}")]
-        if stacks: sheet.append((f"{title}, noised and denoised again, from the lowest level to the highest", stacks))
+        if stacks: sheet.append((f"{title}, noised and denoised, ever more (above: before, below: after)", stacks))
     if before["fresh"] is not None:
         found = torch.where(before["copies"]["fresh"] | after["copies"]["fresh"])[0][:most]
         title = "Fresh seeds that gave the forget image, or give it now" if len(found) else "No fresh seed gave it"
@@ -569,7 +573,8 @@ h1 { font-size: 1.4rem } h2 { font-size: 1.1rem; margin-top: 2rem }
 .top.holds { border-color: var(--good) } .top.fails { border-color: var(--bad) }
 ul { list-style: none; padding: 0 } li { border-top: 1px solid var(--line); padding: .3rem 0 }
 i { font-style: normal } .wide { overflow-x: auto } figure { margin: 1rem 0 }
-table { border-collapse: collapse; font-size: .85rem } caption { text-align: left; white-space: pre-line }
+table { border-collapse: collapse; font-size: .85rem }
+caption { text-align: left; white-space: pre-line; caption-side: bottom; padding-top: .4rem }
 td, th { border-top: 1px solid var(--line); padding: .2rem .5rem; white-space: nowrap }
 .stacks { display: flex; flex-wrap: wrap; gap: .4rem } .stacks span { display: grid; gap: .2rem }
 .stacks img { width: 68px; height: auto; border: 4px solid; image-rendering: pixelated } img { max-width: 100% }
@@ -591,11 +596,11 @@ def shelf(title, stacks):
 # %% ../nbs/11_report.ipynb #15re0016
 def drift_table(report):
     "How far other pictures moved, group by group, as a `Table`."
-    head = "group", "pictures", "PSNR, dB", "its 5 %", "cosine", "its 5 %"
+    head = "group", "pictures", "PSNR, dB", "5 %, dB", "cosine", "5 %"
     keys = "psnr_median", "psnr_p5", "cosine_median", "cosine_p5"
     groups = {k: g if "n" in g else g["all"] for k, g in report["preserve"].items()}
     rows = [[k, g.get("n"), *(g.get(key) for key in keys)] for k, g in groups.items()]
-    return Table(head, rows, {"PSNR, dB": 1})
+    return Table(head, rows, {"PSNR, dB": 1, "5 %, dB": 1})
 
 def attack_table(report):
     "The attacks of an audit as a `Table`: what is there of these columns."
@@ -608,7 +613,7 @@ def facts(report):
     d, c, cost, n = (report[k] for k in ("descriptor", "controls", "cost", "regeneration"))
     lines = [f"Similarity: cosine of the {d['name']}" + f" ({d['note']})" * bool(d["note"]) + ".",
              f"Controls: {c['n']} {c['what']}. Noise levels: t = {', '.join(map(str, report['levels']))} of 1000."]
-    if n:
+    if n and "bars" in n:
         lines.append(f"A picture is a copy above {n['bars']['psnr']:.1f} dB and a similarity of "
                      f"{n['bars']['similarity']:.2f}, which one in a hundred pictures never made reaches among "
                      f"{n['n']} seeds.")
@@ -635,7 +640,8 @@ def html(report, pictures=()):
         said = escape(str(report["audit"].get("verdict") or ""))
         body.append(part("Attacks", f"<p>{said}</p>{wide(attack_table(report))}"))
     if "forget" in report: body.append(part("How much of the forget image comes back", wide(evidence(report))))
-    body += [part("How far other pictures moved", wide(drift_table(report))), part("What this rests on", facts(report))]
+    if report["preserve"]: body.append(part("How far other pictures moved", wide(drift_table(report))))
+    body += [part("What this rests on", facts(report))]
     return (f'<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
             f'content="width=device-width, initial-scale=1"><title>{escape(title)}</title><style>{STYLE}</style></head>'
             f"<body>{''.join(body)}</body></html>")
