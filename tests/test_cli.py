@@ -152,7 +152,7 @@ def test_an_earlier_request_is_read_and_not_made_again(model, tmp_path, monkeypa
     delta = {k: torch.zeros(v.shape).half() for k, v in d.net.named_parameters()}
     Hotfix(delta, *card(d, [request], settings, [], 0., tiny)).save(tmp_path/"one")
     class Seen(Exception): pass
-    def fake(denoiser, requests, retain, cfg, earlier, checkpoint):
+    def fake(denoiser, requests, retain, cfg, earlier, **kw):
         asked.extend(earlier)
         raise Seen
     monkeypatch.setattr("unlearn_nb.unlearn.unlearn", fake)

@@ -282,7 +282,7 @@ def test_the_largest_random_number_stays_below_t_max(monkeypatch):
 
 
 def test_own_paths_lead_to_their_own_surrogates():
-    "From a seed's noise and from its mirror image; from the seeds of copies, not mirrored; without a seed by inversion."
+    "From a seed and its mirror image; from the seeds of copies, not mirrored; without a seed by inversion."
     model, x_s = tiny(), torch.rand(3, 3, 8, 8, generator=gen(5))
     requests = [request_of(model, s) for s in (7, 9)]
     requests = [requests[0], replace(requests[1], copies=(11, 12)), replace(requests[0], seed=None)]
@@ -336,7 +336,7 @@ def test_states_on_the_way_are_moved_in_the_clean_image(share, path_share, seed)
 # --- copies ---
 
 def test_copies_are_known_among_pictures_of_which_a_third_are_copies():
-    "By pixels alone; the bar stands above what pictures of noise come to each other, and below a copy with a little noise."
+    "By pixels alone: a copy with a little noise is one, pictures of noise are none."
     x = torch.rand(60, 3, 8, 8, generator=gen()) * 2 - 1
     x[::3] = x[0] + .05 * torch.randn(20, 3, 8, 8, generator=gen(1))
     bars = copy_bars(x)

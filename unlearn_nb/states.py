@@ -261,11 +261,12 @@ def own_noise(denoiser, request, steps=25, most=32):
     return invert(denoiser, denoiser.encode([request.image]), steps)
 
 # %% ../nbs/05_states.ipynb #0wnpaths
-def own_paths(denoiser, requests, x_s, steps=25):
+def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
     """The model's own paths to the forget images; None if there is no way to any of them.
 
     x_s [R, C, H, W]: the surrogates, which become the goals. Of a model without words the mirrored
-    noise of a request without copies leads to its mirrored surrogate."""
+    noise of a request without copies leads to its mirrored surrogate. t_min: only timesteps from
+    this on (always the first one)."""
     z, goals, words = [], [], []
     for r, goal in zip(requests, x_s):
         mine = own_noise(denoiser, r, steps)
@@ -274,8 +275,11 @@ def own_paths(denoiser, requests, x_s, steps=25):
         if not (denoiser.prompts or r.copies): mine, goal = (torch.cat([v, v.flip(-1)]) for v in (mine, goal))
         z.append(mine), goals.append(goal), words.extend([r.prompt] * len(mine))
     if not z: return None
-    own = from_noise(denoiser, torch.cat(z), steps, denoiser.prompt_ids(words if denoiser.prompts else None, len(words)))
-    return replace(own, goal=torch.cat(goals).cpu()[:, None].expand_as(own.goal), uncond=None)
+    cond = denoiser.prompt_ids(words if denoiser.prompts else None, len(words))
+    own = from_noise(denoiser, torch.cat(z), steps, cond)
+    n = max(1, int((own.timesteps >= t_min).sum()))   # timesteps fall
+    x_t, goal = own.x_t[:, :n].contiguous(), torch.cat(goals).cpu()
+    return States(own.timesteps[:n], x_t, goal[:, None].expand_as(x_t), own.x0, own.cond)
 
 # %% ../nbs/05_states.ipynb #da41d435
 def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5, t_max=550,

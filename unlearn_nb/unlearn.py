@@ -36,11 +36,12 @@ class Config:
     steps: int = 50                # updates of the weights
     forget_batch: int = 12         # forget states a step
     retain_batch: int = 20         # retain states a step
-    lr: float = 3e-3               # of Adam, at its highest; falls to zero along a cosine
+    lr: float = 4e-3               # of Adam, at its highest; falls to zero along a cosine
     clip: float = 1.               # largest norm of a step's gradient
     # what is forgotten (05)
     path_share: float = 1.         # share of the forget batch on the model's own paths, where one is known
     mix_share: float = .5          # share of the forget batch that is moved some way to the surrogate
+    t_min: int = 200               # of those paths the timesteps from this on; a push below would make a hole
     t_max: int = 550               # the others are the forget image, noised to timesteps below this
     sampling: str = "low"          # how those are spread, a name of `SAMPLING`; low: more of them where it is low
     # what is kept (05)
@@ -76,8 +77,9 @@ PRESETS = {
     "t4": dict(steps=120, forget_batch=4, retain_batch=4, micro_batch=2, retain_images=16, near_images=0, pool=64,
                lr=3e-5, damping=0.),
     # a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA
-    "flags": dict(steps=60, forget_batch=8, retain_batch=24, path_share=.5, weight="min_snr", surgery="symmetric",
-                  rank=16, t_max=600, retain_images=50, near_images=0, pool=64, sampling_steps=12),
+    "flags": dict(steps=60, forget_batch=8, retain_batch=24, path_share=.5, t_min=0, weight="min_snr",
+                  surgery="symmetric", lr=3e-3, rank=16, t_max=600, retain_images=50, near_images=0, pool=64,
+                  sampling_steps=12),
     # Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16; never run at that size, so untuned
     "sd3": dict(steps=120, rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, damping=0., t_max=1000,
                 sampling="logit_normal", retain_images=50, near_images=0, pool=16, sampling_steps=28,
@@ -182,7 +184,7 @@ def problem_of(denoiser, requests, retain, cfg):
     "The `Problem` of a run, and its optimiser: all that is made before the first step."
     x_f, x_s = (denoiser.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
     cond = denoiser.prompt_ids(prompts_of(denoiser, requests), len(requests))
-    own = own_paths(denoiser, requests, x_s, cfg.sampling_steps)
+    own = own_paths(denoiser, requests, x_s, cfg.sampling_steps, cfg.t_min)
     w_r, how = weights.get(cfg.retain_weight), dict(damping=cfg.damping, rank=cfg.rank, seed=cfg.seed)
     moving = parametrize(denoiser, retain, w_r, **how)
     state = PartialState(cpu=denoiser.device.type == "cpu")
@@ -227,6 +229,8 @@ def check(denoiser, requests, cfg, checkpoint=None):
         if r.seed is not None and r.seed < 0: raise ValueError(f"seed {r.seed} is below 0; give a seed of 0 or more")
     for name in ABOVE_0:
         if not getattr(cfg, name) > 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be above 0")
+    if not 0 <= cfg.t_min < denoiser.T:
+        raise ValueError(f"t_min is {cfg.t_min}, but this model has levels 0 ... {denoiser.T - 1}; give one of them")
     for name in ("path_share", "mix_share"):
         if not 0 <= (share := getattr(cfg, name)) <= 1:
             raise ValueError(f"{name} is {share}; it is a share of the forget batch, from 0 to 1")
@@ -243,7 +247,7 @@ def check(denoiser, requests, cfg, checkpoint=None):
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
 
 # %% ../nbs/10_unlearn.ipynb #5tr3ng02
-STRENGTHS = (.5, .6, .7, .8, .9, 1., 1.1, 1.25, 1.4, 1.6)
+STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1.)
 
 def tables(retain):
     "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
@@ -271,13 +275,13 @@ def least_strength(problem, describe, moved=.2):
     describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths."""
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
     full, low, high = [p.detach().clone() for p in form.params], 0, len(STRENGTHS) - 1
-    z = own.x_t[:, 0].to(d.device).float()
+    z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
     z = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
     others = torch.cat([table.x0 for table in tables(problem.retain)])
     bar, was = strangers(d.pixels(others), describe), describe(d.pixels(own.x0))
     def enough(s):
         set_strength(form, full, s)
-        now = from_noise(d, z, len(own.timesteps), own.cond).x0
+        now = from_noise(d, z, problem.cfg.sampling_steps, own.cond).x0
         return bool(((describe(d.pixels(now)) * was).sum(-1) <= bar).all())
     while low < high:
         middle = (low + high) // 2
