@@ -265,8 +265,8 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
     """The model's own paths to the forget images; None if there is no way to any of them.
 
     x_s [R, C, H, W]: the surrogates, which become the goals. Of a model without words the mirrored
-    noise of a request without copies leads to its mirrored surrogate. t_min: only timesteps from
-    this on (always the first one)."""
+    noise of a request without copies leads to its mirrored surrogate. t_min: if no request has
+    copies only timesteps from this on (always the first one)."""
     z, goals, words = [], [], []
     for r, goal in zip(requests, x_s):
         mine = own_noise(denoiser, r, steps)
@@ -277,6 +277,7 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
     if not z: return None
     cond = denoiser.prompt_ids(words if denoiser.prompts else None, len(words))
     own = from_noise(denoiser, torch.cat(z), steps, cond)
+    if any(r.copies for r in requests): t_min = 0
     n = max(1, int((own.timesteps >= t_min).sum()))   # timesteps fall
     x_t, goal = own.x_t[:, :n].contiguous(), torch.cat(goals).cpu()
     return States(own.timesteps[:n], x_t, goal[:, None].expand_as(x_t), own.x0, own.cond)
