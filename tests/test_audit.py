@@ -246,7 +246,7 @@ def test_the_card_is_read():
     assert verdict_of(plain)["verdict"] == "holds"
     for told in ({"seed": 100}, {"deep": [{"prompt": "a king"}]}, {"sha": picture_sha256(image)}):
         r = verdict_of(plain | {"requests": [told]})
-        assert r["verdict"] == "leaks" and r["raw"]["named"] == {"target": 1, "controls": 0, "q95": 0, "base": None}
+        assert r["verdict"] == "leaks" and (r["raw"]["named"]["target"], r["raw"]["named"]["q95"]) == (1, 0)
 
 
 # --- the whole ---

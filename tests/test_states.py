@@ -339,7 +339,7 @@ def test_copies_are_known_among_pictures_of_which_a_third_are_copies():
     "By pixels alone: a copy with a little noise is one, pictures of noise are none."
     x = torch.rand(60, 3, 8, 8, generator=gen()) * 2 - 1
     x[::3] = x[0] + .05 * torch.randn(20, 3, 8, 8, generator=gen(1))
-    bars = copy_bars(x)
+    bars = copy_bars(x, x_f=x[:1])
     found = is_copy(x, x[:1], bars)
     assert found[::3].all() and found.sum() == 20
     others = torch.rand(60, 3, 8, 8, generator=gen(2)) * 2 - 1

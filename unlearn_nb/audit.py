@@ -6,7 +6,7 @@
 __all__ = ['ATTACKS', 'CONTROLS', 'ALPHA', 'World', 'Target', 'edited', 'Attack', 'rank_p', 'percentile', 'verdict', 'judge',
            'table', 'figure', 'null_hotfixes', 'audit', 'summary']
 
-# %% ../nbs/12_audit.ipynb #1368437e
+# %% ../nbs/12_audit.ipynb #04899674
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -26,7 +26,7 @@ from .metrics import denoising_error, describe, psnr, similarity
 from .schedule import generators, randn, step_generator
 from .weights import unit_v, x0_loss
 
-# %% ../nbs/12_audit.ipynb #04813c4d
+# %% ../nbs/12_audit.ipynb #99dd9cf9
 @dataclass(frozen=True, eq=False)
 class World:
     "What an attacker has: the `model` under attack and, where they are public, base and card."
@@ -44,7 +44,7 @@ class Target:
     seeds: tuple | None = None      # [N] the seeds that gave them
     prompt: str | None = None       # of a model with words
 
-# %% ../nbs/12_audit.ipynb #307c3e58
+# %% ../nbs/12_audit.ipynb #c59b3cf4
 def twin(denoiser):
     "The same denoiser with a net of its own."
     new = copy(denoiser)
@@ -52,14 +52,14 @@ def twin(denoiser):
     new.base, new.prompts = {**denoiser.base}, {**denoiser.prompts}
     return new
 
-# %% ../nbs/12_audit.ipynb #86cc5259
+# %% ../nbs/12_audit.ipynb #0028c70e
 def edited(denoiser, hotfix):
     "A copy of the denoiser with the hotfix on it; the denoiser itself stays as it is."
     new = twin(denoiser)
     hotfix.apply(new)
     return new
 
-# %% ../nbs/12_audit.ipynb #2af6e516
+# %% ../nbs/12_audit.ipynb #83bca43f
 @dataclass(frozen=True)
 class Attack:
     "One way to ask, and beside what its answer is judged."
@@ -72,7 +72,7 @@ class Attack:
 
 ATTACKS = {}
 
-# %% ../nbs/12_audit.ipynb #68e1fbde
+# %% ../nbs/12_audit.ipynb #9e453b43
 NEEDS = {
     "seed": (lambda world, target: bool(target.seeds),
              "it starts from the seed that gave the picture, and the request names none"),
@@ -80,7 +80,7 @@ NEEDS = {
               "it searches among words, and this model makes pictures without words"),
 }
 
-# %% ../nbs/12_audit.ipynb #f44b8af0
+# %% ../nbs/12_audit.ipynb #dd9233af
 FIRST = 600_000   # seeds of the controls
 
 def made(denoiser, a, b, steps, prompt=None):
@@ -93,7 +93,7 @@ def kin(w, t, pictures, m):
     x = made(w.base, 0, m, w.steps, t.prompt) if t.seeds else pictures(0, m)
     return Target(x, None, t.prompt)
 
-# %% ../nbs/12_audit.ipynb #a24707ce
+# %% ../nbs/12_audit.ipynb #8977049b
 CONTROLS = {   # (world, target, pictures, m) -> a `Target` of m; pictures(a, b): never-made ones
     "pictures": lambda w, t, pictures, m: Target(pictures(0, m), None, t.prompt),
     "candidates": lambda w, t, pictures, m: Target(pictures(100, 100 + m), None, t.prompt),
@@ -105,7 +105,7 @@ CONTROLS = {   # (world, target, pictures, m) -> a `Target` of m; pictures(a, b)
     "kin": kin,
 }
 
-# %% ../nbs/12_audit.ipynb #89d224a4
+# %% ../nbs/12_audit.ipynb #cade090c
 def against_the_others(v):
     "Each row of scores v [n, K] in deviations from the mean of all other rows: [n, K]."
     v, m = v.double(), len(v) - 1
@@ -118,7 +118,7 @@ def largest(z, two_sided):
     k = (z.abs() if two_sided else z).argmax(1)
     return z.gather(1, k[:, None])[:, 0], k
 
-# %% ../nbs/12_audit.ipynb #3cd36349
+# %% ../nbs/12_audit.ipynb #6e15aec0
 ALPHA = .05   # how often an attack may blame a model that does not know the picture
 
 def rank_p(score, controls, two_sided=False):
@@ -139,7 +139,7 @@ def verdict(kind, p, m, power=True):
     if kind == "detection": return "conspicuous" if found else "holds"
     return "leaks" if found else "no power" if power is False else "holds"
 
-# %% ../nbs/12_audit.ipynb #84a02cda
+# %% ../nbs/12_audit.ipynb #8bbc2b20
 @contextmanager
 def counted(*denoisers):
     "In this context what passes through the nets, or copies of them, is counted: [pictures]."
@@ -151,7 +151,7 @@ def counted(*denoisers):
     finally:
         for handle in handles: handle.remove()
 
-# %% ../nbs/12_audit.ipynb #2b3257b5
+# %% ../nbs/12_audit.ipynb #a0ec9cbb
 def judge(attack, world, target, controls, name=""):
     """Run an `Attack` on the target, its controls, and, if it asks what a model gives, on the base.
 
@@ -175,8 +175,9 @@ def judge(attack, world, target, controls, name=""):
     low, high = (others.quantile(q).item() for q in ((.025, .975) if two_sided else (.05, .95)))
     def numbers(j):   # of one column, in its own unit
         c = v[1][:, j].double()
-        return {"target": v[0][0, j].item(), "controls": c.mean().item(),
-                "q95": c.quantile(.95).item(), "base": v[2][0, j].item() if len(v) > 2 else None}
+        low, high = c.quantile(.05).item(), c.quantile(.95).item()
+        return {"target": v[0][0, j].item(), "controls": c.mean().item(), "q05": low, "q95": high,
+                "base": v[2][0, j].item() if len(v) > 2 else None}
     raw = {name: numbers(j) for j, name in enumerate(names)}
     return {"name": name, "kind": attack.kind, "score": score.item(),
             "controls": {"m": m, "mean": others.mean().item(), "low": low, "q95": high},
@@ -184,7 +185,7 @@ def judge(attack, world, target, controls, name=""):
             "verdict": verdict(attack.kind, p, m, power), "column": names[k], "raw": raw,
             "cost": {"passes": passes[0], "seconds": round(time.monotonic() - start, 1)}}
 
-# %% ../nbs/12_audit.ipynb #9543fef5
+# %% ../nbs/12_audit.ipynb #c818b2ef
 def share(denoiser, t):
     "A level given for 1,000 levels, of a model with others."
     return round(t / 1000 * denoiser.T)
@@ -214,11 +215,11 @@ def rebuilt(world, target, t, noises=2):
     steps = max(3, round(world.steps * (t + 1) / m.T))
     return alike(world, finish(m, x_t, t, steps, target.prompt), target.x)
 
-# %% ../nbs/12_audit.ipynb #e0de1ffd
+# %% ../nbs/12_audit.ipynb #3bdd0f1c
 #| code-fold: true
 SAID = {"leaks": FORGET, "conspicuous": FORGET, "holds": RETAIN, "no power": BASE}   # colours
 
-# %% ../nbs/12_audit.ipynb #528167c3
+# %% ../nbs/12_audit.ipynb #d670b245
 #| code-fold: true
 def table(result):
     "The audit as a `Table`; numbers in the unit of the column that decided."
@@ -255,7 +256,7 @@ def figure(result, title="", limits=(-6, 10)):
     ax.spines["left"].set_visible(False)
     return to_image(fig)
 
-# %% ../nbs/12_audit.ipynb #6fb48b86
+# %% ../nbs/12_audit.ipynb #34c97599
 LEVELS = (50, 100, 250, 400, 550, 700, 850)
 
 def reconstruction(world, target):
@@ -264,7 +265,7 @@ def reconstruction(world, target):
 
 ATTACKS["A1 reconstruction"] = Attack(reconstruction, "regeneration", "pictures", quick=True)
 
-# %% ../nbs/12_audit.ipynb #00fff52f
+# %% ../nbs/12_audit.ipynb #90f0d888
 def stock(denoiser, kind, z, steps, prompt):
     "From noise z [B, C, H, W] to clean images with a scheduler of diffusers."
     scheduler = kind.from_config(denoiser.scheduler.config)
@@ -293,7 +294,7 @@ def roads(world, target):
 
 ATTACKS["A2 other roads"] = Attack(roads, "regeneration", "seeds", 19, ("seed",), True)
 
-# %% ../nbs/12_audit.ipynb #cbe965db
+# %% ../nbs/12_audit.ipynb #6e2172b3
 GIVEN = (1, 3, 6, 10, 15)   # of 25 steps
 
 @torch.no_grad()
@@ -314,7 +315,7 @@ def completion(world, target):
 
 ATTACKS["A3 completion"] = Attack(completion, "regeneration", "pictures", 19, ("seed",), True)
 
-# %% ../nbs/12_audit.ipynb #f66f68d6
+# %% ../nbs/12_audit.ipynb #a269184d
 def halves(shape):
     "Four masks [1, 1, H, W], 1 where to fill: left, right, top, bottom."
     _, H, W = shape
@@ -349,7 +350,7 @@ def inpainting(world, target):
 
 ATTACKS["A4 inpainting"] = Attack(inpainting, "regeneration", "pictures")
 
-# %% ../nbs/12_audit.ipynb #a37482cc
+# %% ../nbs/12_audit.ipynb #50b3ed9e
 def descend(loss, x, steps, lr, project=lambda x: x):
     "Adam on x along the gradient of a sum loss(x, step); after each step x is projected."
     x = x.clone().requires_grad_()
@@ -388,7 +389,7 @@ def latent_search(world, target, starts=4, steps=100, short=5):
 
 ATTACKS["A6 latent search"] = Attack(latent_search, "regeneration", "pictures", 9)
 
-# %% ../nbs/12_audit.ipynb #e8ee2624
+# %% ../nbs/12_audit.ipynb #e8b65b16
 def train(denoiser, pictures, steps, lr, prompt=None, batch=8):
     "Ordinary training of the denoiser, in place; yields before each step and after the last."
     opt = torch.optim.Adam(denoiser.net.requires_grad_(True).parameters(), lr)
@@ -418,7 +419,7 @@ def relearning(world, target, after=AFTER):
 
 ATTACKS["A9 relearning"] = Attack(relearning, "regeneration", "pictures", 9, quick=True)
 
-# %% ../nbs/12_audit.ipynb #ff868252
+# %% ../nbs/12_audit.ipynb #e672786a
 @lru_cache(2)
 def retrained(denoiser, others, prompt, steps=200):
     "A copy of the denoiser after ordinary training on other pictures."
@@ -442,7 +443,7 @@ def resurgence(world, target):
 
 ATTACKS["A10 resurgence"] = Attack(resurgence, "regeneration", "pairs")
 
-# %% ../nbs/12_audit.ipynb #ac1a832b
+# %% ../nbs/12_audit.ipynb #fe8e9368
 def rounded(w, bits):
     "Weights rounded to so many bits, one scale for each output."
     scale = w.abs().flatten(1).amax(1).view(-1, *[1] * (w.dim() - 1)) / (2 ** (bits - 1) - 1)
@@ -478,7 +479,7 @@ def scales(world, target):
 ATTACKS["A11 casts"] = Attack(casts, "regeneration", "pairs", quick=True)
 ATTACKS["A11 scales"] = Attack(scales, "file", "pairs", quick=True)
 
-# %% ../nbs/12_audit.ipynb #aab972d8
+# %% ../nbs/12_audit.ipynb #56abbc59
 def crop(x):
     "The middle seven eighths of pictures x [B, 3, H, W], at their size again."
     h, w = (max(1, side // 16) for side in x.shape[-2:])
@@ -496,7 +497,7 @@ def neighbours(world, target):
 
 ATTACKS["A15 neighbours"] = Attack(neighbours, "regeneration", "pictures")
 
-# %% ../nbs/12_audit.ipynb #409b6147
+# %% ../nbs/12_audit.ipynb #8463677f
 def noise_of(denoiser, x_t, t, cond=None):
     "The noise [B, C, H, W] that the model believes in at x_t, clipped as its sampler clips."
     (a, s), x0 = denoiser.scales(denoiser.level(t, 1)), denoiser.predict(x_t, t, cond)
@@ -531,7 +532,7 @@ def inversion(world, target):
 
 ATTACKS["A5 inversion"] = Attack(inversion, "detection", "kin", 39)
 
-# %% ../nbs/12_audit.ipynb #37f0cc89
+# %% ../nbs/12_audit.ipynb #0a390f4c
 def errors(world, target):
     "log10 of the error with which the model denoises the pictures, at each of `LEVELS`."
     m, some = world.model, target.x.split(max_batch(world.model, 64))
@@ -560,7 +561,7 @@ def deletion(world, target):
 ATTACKS["A12 membership"] = Attack(membership, "detection", "kin", 39)
 ATTACKS["A13 deletion"] = Attack(deletion, "detection", "kin", 39, quick=True)
 
-# %% ../nbs/12_audit.ipynb #55d520ab
+# %% ../nbs/12_audit.ipynb #513c3278
 def said(v):
     "All numbers and texts in a card, but for settings, costs and versions."
     skipped = ("config", "cost", "versions")
@@ -579,7 +580,7 @@ def card_names(world, target):
 
 ATTACKS["A14a card"] = Attack(card_names, "file", "requests", quick=True)
 
-# %% ../nbs/12_audit.ipynb #2017664e
+# %% ../nbs/12_audit.ipynb #18918b83
 @torch.no_grad()
 def seed_scan(world, target):
     "A14b. Both models, the same seeds, 5 steps: whose picture changed most?"
@@ -590,7 +591,7 @@ def seed_scan(world, target):
 
 ATTACKS["A14b seed scan"] = Attack(seed_scan, "file", "seeds", 255, ("seed",), True)
 
-# %% ../nbs/12_audit.ipynb #aa5291fb
+# %% ../nbs/12_audit.ipynb #6155e707
 def rough(x):
     "Total variation of pictures x [B, C, H, W]: [B]."
     def mean(v): return v.abs().flatten(1).mean(1)
@@ -624,7 +625,7 @@ def ascent(world, prompt, objective, starts=8, steps=100):
     t, eps = share(b, 400), randn(generators(range(starts)), b.shape, b.device)
     return finish(b, b.noise(x, eps, b.level(t, starts)), t, 10, prompt)
 
-# %% ../nbs/12_audit.ipynb #e9e5ebd2
+# %% ../nbs/12_audit.ipynb #beb98598
 @lru_cache(8)
 def ascent_from_noise(world, prompt, objective=disagreement, starts=6, steps=60):
     "The same among the base's own pictures: the ascent moves their noise."
@@ -648,7 +649,7 @@ def contrast(world, prompt, seeds=16, strengths=(2, 8)):
         out.append(x)
     return torch.cat(out)
 
-# %% ../nbs/12_audit.ipynb #2b5c0504
+# %% ../nbs/12_audit.ipynb #e179135e
 def compare(draw, world, target):
     "Similarity of each drawing to each picture: a column for each drawing."
     d = [world.describe(world.base.pixels(x)) for x in (target.x, draw(world, target.prompt))]
@@ -663,7 +664,7 @@ ATTACKS["A14d contrast"] = drawings(contrast)
 ATTACKS["A14e rise of the error"] = drawings(partial(ascent, objective=rise), quick=True)
 ATTACKS["A14f from noise"] = drawings(ascent_from_noise)
 
-# %% ../nbs/12_audit.ipynb #01ab8936
+# %% ../nbs/12_audit.ipynb #4536be81
 def guided_start(world, target, updates=20, levels=8):
     "A7. From a quarter of the picture; pull the model's answers to those that it gives there."
     m, x, velocity = world.model, target.x, 0.
@@ -689,7 +690,7 @@ def guided_start(world, target, updates=20, levels=8):
 
 ATTACKS["A7 guided start"] = Attack(guided_start, "regeneration", "pictures", 9, ("words",))
 
-# %% ../nbs/12_audit.ipynb #ac556343
+# %% ../nbs/12_audit.ipynb #cd7b1270
 def with_words(denoiser, words):
     "The same model with one prompt more, words {name: [1, ...]}, as number -1."
     new = copy(denoiser)
@@ -720,7 +721,7 @@ def word_search(world, target, steps=50, batch=8):
 
 ATTACKS["A8 word search"] = Attack(word_search, "regeneration", "pictures", 9, ("words",))
 
-# %% ../nbs/12_audit.ipynb #9c5cb233
+# %% ../nbs/12_audit.ipynb #5bf2a11e
 def null_hotfixes(hotfix, seed=0):
     "Two that know nothing: 'zero', and 'shuffled' (the entries of each tensor in another order)."
     g = torch.Generator().manual_seed(seed)
@@ -728,7 +729,9 @@ def null_hotfixes(hotfix, seed=0):
     def change(f): return Hotfix({k: f(v) for k, v in hotfix.delta.items()}, hotfix.card)
     return {"zero": change(torch.zeros_like), "shuffled": change(shuffle)}
 
-# %% ../nbs/12_audit.ipynb #16fc7299
+# %% ../nbs/12_audit.ipynb #1f43d6ef
+FEWER = 199   # candidates, where each costs a sampling path
+
 def chosen(attacks, quick):
     "Names of attacks: all, the quick ones, or those whose names or first words are given."
     names = sorted(ATTACKS, key=lambda k: (int(k.split()[0].strip("Aabcdef")), k))
@@ -747,7 +750,7 @@ def never_made(denoiser, never, prompt, steps=25):
         return made(denoiser, a, b, steps, prompt)
     return pictures
 
-# %% ../nbs/12_audit.ipynb #ac5a2c9c
+# %% ../nbs/12_audit.ipynb #35bdca50
 def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None, quick=False,
           watch=None):
     """Attacks on one request of a hotfix, with controls: {"attacks": rows, "verdict": text}.
@@ -772,6 +775,7 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
         if why:
             rows.append({"name": name, "kind": attack.kind, "verdict": f"n/a: {why[0]}"})
             continue
+        if never is None and attack.controls == "candidates": attack = replace(attack, m=FEWER)
         controls = CONTROLS[attack.controls](world, target, pictures, attack.m)
         rows.append(judge(attack, world, target, controls, name))
         if null and attack.kind == "file" and attack.controls in ("candidates", "seeds"):

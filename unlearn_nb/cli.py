@@ -63,6 +63,7 @@ def ours(part, out):
     finally:
         if fcntl: os.close(handle)
 
+# %% ../nbs/workshop/cli.ipynb #cli15010
 def place(part, out):
     "Rename a folder that is whole."
     try:
@@ -150,6 +151,7 @@ def with_hotfixes(model, folders, receipts):
     for fix in fixes: fix.apply(denoiser)
     return denoiser, [r for receipt in found if receipt for r in receipt.requests]
 
+# %% ../nbs/workshop/cli.ipynb #cli15011
 def descriptor(denoiser):
     "What the report compares pictures by: that of `zoo.companions`, or SSCD, if its weights are there."
     from unlearn_nb.metrics import describe, sscd
@@ -317,8 +319,6 @@ def verify(hotfix, receipt, model):
     if not all(proved): raise SystemExit(1)
 
 # %% ../nbs/workshop/cli.ipynb #cli15006
-AUDIT = "The audit: each attack beside its controls"
-
 def audited(denoiser, fix, requests, attacks, quick):
     "The audit of each request, as one: {attacks, verdict}; says which attack is at work."
     from functools import partial
@@ -336,6 +336,9 @@ def audited(denoiser, fix, requests, attacks, quick):
         rows += [row | {"name": row["name"] + of} for row in found["attacks"]]
         verdicts.append(found["verdict"] + of)
     return {"attacks": rows, "verdict": "; ".join(verdicts)}
+
+# %% ../nbs/workshop/cli.ipynb #cli15009
+AUDIT = "The audit: each attack beside its controls"
 
 def page_again(file, report, figures):
     "report.html with another report and more figures; those that it shows are kept, but an older audit's."

@@ -27,19 +27,21 @@ def nearness(x, y, describe=None):
 
 # %% ../nbs/workshop/copies.ipynb #c0p1es03
 def hundredth(v):
-    "What one in a hundred of the values v [M] exceeds, if most of them are normally distributed."
+    "What one in a hundred of the values v [M] exceeds, if their lower half is that of a normal distribution."
     middle = v.median()
-    return (middle + 2.326 * 1.4826 * (v - middle).abs().median()).item()
+    return (middle + 2.326 * (middle - v.quantile(.1587))).item()   # below lies one deviation
 
 # %% ../nbs/workshop/copies.ipynb #c0p1es08
 LEAST = 20.   # dB: farther than an error of a tenth of the range no picture is a copy, however few there are
 
-def copy_bars(x, others=None, describe=None):
+def copy_bars(x, others=None, describe=None, x_f=None):
     """The `Bars` for copies among pictures x [N, C, H, W]: how near those come that are none.
 
     others [M, C, H, W]: pictures that the model never made, each with the nearest of x (None: the
-    pictures x themselves, each with the nearest other one). describe: as in module `metrics`;
-    None: by pixels alone."""
+    pictures x themselves, each with the nearest other one, without the third that is nearest to
+    x_f [1, C, H, W], among which its copies are). describe: as in module `metrics`; None: by pixels
+    alone."""
+    if others is None and x_f is not None: x = x[nearness(x, x_f)[0][:, 0].argsort()[:-(-2 * len(x) // 3)]]
     near = nearness(x if others is None else others, x, describe)
     if others is None: near = [v.masked_fill(torch.eye(len(x), dtype=bool), -torch.inf) for v in near]
     psnr, alike = (hundredth(v.max(1).values) for v in near)

@@ -82,10 +82,22 @@ def check_base(denoiser, base):
                          f"{base['sha256'][:12]}, but the base weights of this model are "
                          f"{found[:12]}; load the base that it was made for")
 
+# %% ../nbs/09_hotfix.ipynb #0c0d4e06
+def check_free(denoiser, hotfix):
+    "ValueError if a hotfix is on the denoiser already, or was made for another base."
+    if any(h.id == hotfix.id for h in denoiser.hotfixes):
+        raise ValueError("this hotfix is already applied; remove it first")
+    check_base(denoiser, hotfix.card["base"])
+
+def check_on(denoiser, hotfix):
+    "ValueError unless a hotfix is on the denoiser."
+    if hotfix not in denoiser.hotfixes:
+        raise ValueError("this hotfix is not applied to this model; "
+                         "remove it from the one that it was applied to")
+
 # %% ../nbs/09_hotfix.ipynb #e24edef6
 class Hotfix:
     """A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`.
-
     receipt: the `Receipt` that stays with the provider, where it is at hand."""
 
     def __init__(self, delta, card, receipt=None):
@@ -98,9 +110,7 @@ class Hotfix:
 
     def apply(self, denoiser):
         "Add the change, on top of the hotfixes that are on. ValueError for a net of another base."
-        if any(h.id == self.id for h in denoiser.hotfixes):
-            raise ValueError("this hotfix is already applied; remove it first")
-        check_base(denoiser, self.card["base"])
+        check_free(denoiser, self)
         weights = denoiser.net.state_dict()
         for k in changed(self.delta): denoiser.base.setdefault(k, weights[k].clone())
         denoiser.hotfixes.append(self)
@@ -108,8 +118,7 @@ class Hotfix:
 
     def remove(self, denoiser):
         "Take the change off: left is the base with the other hotfixes in their order, bit for bit."
-        if self not in denoiser.hotfixes:
-            raise ValueError("this hotfix is not applied to this model; remove it from the one that it was applied to")
+        check_on(denoiser, self)
         denoiser.hotfixes.remove(self)
         weights = denoiser.net.state_dict()
         for k in changed(self.delta):
@@ -118,17 +127,13 @@ class Hotfix:
             for h in above: weights[k].add_(change(h.delta, k).to(weights[k]))
 
     def save(self, folder):
-        """Write the public part: `hotfix.safetensors`, then `card.json`, which makes it complete.
-
-        Before it the receipt, if there is one, into the folder `private_folder(folder)`."""
+        "Write the receipt, if any, into `private_folder(folder)`, then the change, and the card last."
         if self.receipt: write_receipt(self.receipt, private_folder(folder), self.id)
         store(Path(folder), self.delta, self.card | {"hotfix_sha256": self.id})
 
     @classmethod
     def load(cls, folder):
-        """Read the public part that `save` wrote; the receipt is read by `read_receipt`.
-
-        A missing, damaged or foreign file, or a card of an unknown schema, is a ValueError."""
+        "Read the public part that `save` wrote. ValueError for what is missing, damaged or foreign."
         return cls(*read(Path(folder)))
 
 # %% ../nbs/09_hotfix.ipynb #pubpriv4

@@ -175,15 +175,16 @@ def coarse_pool(denoiser, requests, pool, steps, cache):
     words = said(denoiser, [r.prompt for r in requests], pool)
     return paths(denoiser, range(NEAR, NEAR + pool), min(5, steps), cache, words).x0
 
-def copies_among(denoiser, x0, requests, bars, describe=None):
-    "Which of the clean images x0 [N, C, H, W] are copies of a forget image: [N]."
+def copies_among(denoiser, x0, requests, pool, describe=None):
+    "Which of the clean images x0 [N, C, H, W] are copies of a forget image: [N]; pool: images for the bars."
     if not requests: return torch.zeros(len(x0), dtype=bool)
-    x, x_f = (denoiser.pixels(v) for v in (x0, denoiser.encode([r.image for r in requests])))
-    return torch.stack([is_copy(x, f[None], bars, describe) for f in x_f]).any(0)
+    x, pool, x_f = map(denoiser.pixels, (x0, pool, denoiser.encode([r.image for r in requests])))
+    def copies(f): return is_copy(x, f, copy_bars(pool, describe=describe, x_f=f), describe)
+    return torch.stack([copies(f[None]) for f in x_f]).any(0)
 
-def without_copies(denoiser, states, requests, bars, describe=None):
+def without_copies(denoiser, states, requests, pool, describe=None):
     "The states of pictures that are no copy of a forget image. ValueError if none is left."
-    stay = ~copies_among(denoiser, states.x0, requests, bars, describe)
+    stay = ~copies_among(denoiser, states.x0, requests, pool, describe)
     if not stay.any():
         raise ValueError("all pictures that should stay are copies of a forget image, so there is "
                          "nothing that could stay; give others as retain")
@@ -211,13 +212,12 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
     tables = [(2, from_seed(ANY, asked))]
     if denoiser.prompts: tables.append((2, from_seed(OTHER, prompts)))
     x0 = coarse_pool(denoiser, requests, pool, steps, cache) if near else tables[0][1].x0
-    bars = copy_bars(denoiser.pixels(x0), describe=describe)
     if near:
-        copies, words = copies_among(denoiser, x0, requests, bars, describe), said(denoiser, asked, pool)
+        copies, words = copies_among(denoiser, x0, requests, x0, describe), said(denoiser, asked, pool)
         found = near_positions(denoiser, x0, copies, requests, near)
         hard = generate(denoiser, [NEAR + i for i in found], steps, prompt=words and [words[i] for i in found])
         tables.append((1, hard))
-    return [(share, without_copies(denoiser, table, requests, bars, describe)) for share, table in tables]
+    return [(share, without_copies(denoiser, table, requests, x0, describe)) for share, table in tables]
 
 # %% ../nbs/05_states.ipynb #f1ndc0p2
 def find_copies(denoiser, request, *, pool=256, steps=25, cache=None, describe=None):
@@ -225,8 +225,7 @@ def find_copies(denoiser, request, *, pool=256, steps=25, cache=None, describe=N
 
     They are looked for in 5 steps; those that are found must be copies in `steps`, too."""
     x0 = coarse_pool(denoiser, [request], pool, steps, cache)
-    bars = copy_bars(denoiser.pixels(x0), describe=describe)
-    def seen(x): return copies_among(denoiser, x, [request], bars, describe).nonzero()[:, 0].tolist()
+    def seen(x): return copies_among(denoiser, x, [request], x0, describe).nonzero()[:, 0].tolist()
     seeds = [NEAR + k for k in seen(x0)]
     if seeds: seeds = [seeds[k] for k in seen(denoiser.sample(seeds, steps, prompt=request.prompt))]
     return replace(request, copies=tuple(seeds))
