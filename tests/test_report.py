@@ -33,7 +33,7 @@ KEYS = {
     "regeneration": "n before after surrogate_before surrogate_after chance bars seeds",
     "any seeds": "n left_out psnr_median psnr_p5 cosine_median cosine_p5 all seeds own_words",
     "near neighbours": "n left_out psnr_median psnr_p5 cosine_median cosine_p5",
-    "quality": "kid_before kid_after",
+    "quality": "kid_before kid_after left_out",
     "cost": "steps seconds peak_memory_mb device",
 }
 FEW = dict(panel=range(20, 24), fresh=range(60, 76), levels=(100, 400), noises=range(2), steps=4)
@@ -203,7 +203,8 @@ def numbers(after=0, chance=0., verdict="as if never learned", z=0., seed="a str
     return {"forget": {"reconstruction": [row], "strangers": .4, "same_seed": {"verdict": seed, "highest": .1}},
             "controls": {"n": 19}, "conspicuous": [{"t": 20, "z": 1.}, {"t": 50, "z": z}],
             "regeneration": {"n": 256, "before": 9, "after": after, "chance": chance},
-            "surrogate": [{"warnings": list(warnings)}], "quality": {"kid_before": .01, "kid_after": .01 + rise},
+            "surrogate": [{"warnings": list(warnings)}],
+            "quality": {"kid_before": .01, "kid_after": .01 + rise, "left_out": 0},
             "preserve": {"any seeds": group(dB[0]), "near neighbours": group(dB[1])},
             "earlier": [{"to_forget_before": .1, "to_forget_after": .1 + e} for e in earlier]}
 
@@ -260,6 +261,8 @@ def test_the_public_part_tells_nobody(made):
     changed = {**r["preserve"], "near neighbours": group(3.), "same words": group(4.)}
     changed["any seeds"] = r["preserve"]["any seeds"] | group(5.)
     assert report.public(r | {"preserve": changed}) == p
+    hidden = report.public(r | {"quality": r["quality"] | {"left_out": 1}})
+    assert hidden["quality"] is None and "kernel" not in str(hidden["verdicts"])
     changed["any seeds"]["own_words"] = True    # then the panel, too, tells of the request
     assert not {v for v in scalars(report.public(r | {"preserve": changed})) if isinstance(v, float)} - {
         *scalars(r["config"]), *scalars(r["cost"])}

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .copies import copy_bars, is_copy, nearest
+from .copies import copy_bars, is_kin, nearest
 from .denoiser import max_batch
 from .files import fingerprint, write
 from .schedule import generators, randn, stratified
@@ -176,10 +176,10 @@ def coarse_pool(denoiser, requests, pool, steps, cache):
     return paths(denoiser, range(NEAR, NEAR + pool), min(5, steps), cache, words).x0
 
 def copies_among(denoiser, x0, requests, pool, describe=None):
-    "Which of the clean images x0 [N, C, H, W] are copies of a forget image: [N]; pool: images for the bars."
+    "Which of the clean images x0 [N, C, H, W] are a forget image again, or kin: [N]; pool: images for the bars."
     if not requests: return torch.zeros(len(x0), dtype=bool)
     x, pool, x_f = map(denoiser.pixels, (x0, pool, denoiser.encode([r.image for r in requests])))
-    def copies(f): return is_copy(x, f, copy_bars(pool, describe=describe, x_f=f), describe)
+    def copies(f): return is_kin(x, f, copy_bars(pool, describe=describe, x_f=f), describe)
     return torch.stack([copies(f[None]) for f in x_f]).any(0)
 
 def without_copies(denoiser, states, requests, pool, describe=None):

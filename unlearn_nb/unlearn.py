@@ -125,6 +125,7 @@ class Problem:
     cfg: Config
     state: PartialState            # which of several processes this is
     cond: torch.Tensor | None = None   # [R] prompts, of a model with words
+    by_heart: bool = False         # has the model learned one of the pictures by heart?
 
     @property
     def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
@@ -189,7 +190,8 @@ def problem_of(denoiser, requests, retain, cfg):
     moving = parametrize(denoiser, retain, w_r, **how)
     state = PartialState(cpu=denoiser.device.type == "cpu")
     opt = torch.optim.Adam(moving.params, lr=cfg.lr, eps=1e-7)   # a gradient far below that is rounding
-    return Problem(denoiser, x_f, x_s, own, retain, moving, cfg, state, cond), opt
+    by_heart = any(r.copies for r in requests)
+    return Problem(denoiser, x_f, x_s, own, retain, moving, cfg, state, cond, by_heart), opt
 
 # %% ../nbs/10_unlearn.ipynb #f25228bf
 def retain_settings(cfg):
@@ -248,6 +250,7 @@ def check(denoiser, requests, cfg, checkpoint=None):
 
 # %% ../nbs/10_unlearn.ipynb #5tr3ng02
 STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1.)
+MORE = (1.25, 1.5, 2.)   # for pictures learned by heart
 
 def tables(retain):
     "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
@@ -274,7 +277,8 @@ def least_strength(problem, describe, moved=.2):
 
     describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths."""
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
-    full, low, high = [p.detach().clone() for p in form.params], 0, len(STRENGTHS) - 1
+    steps = STRENGTHS + MORE * problem.by_heart
+    full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
     z = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
     others = torch.cat([table.x0 for table in tables(problem.retain)])
@@ -285,9 +289,9 @@ def least_strength(problem, describe, moved=.2):
         return bool(((describe(d.pixels(now)) * was).sum(-1) <= bar).all())
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(STRENGTHS[middle]) else (middle + 1, high)
-    set_strength(form, full, STRENGTHS[low])
-    return STRENGTHS[low]
+        low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
+    set_strength(form, full, steps[low])
+    return steps[low]
 
 # %% ../nbs/10_unlearn.ipynb #7dfc30c8
 def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project,
@@ -315,10 +319,9 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
         log = run(problem, opt, method, checkpoint, identity, watch)
-        strength = least_strength(problem, describe) if describe and problem.own else 1.
+        if describe and problem.own: log[-1]["strength"] = least_strength(problem, describe)
         delta = problem.parametrization.delta()
     finally:
         problem.parametrization.restore()
         if saving: denoiser.net.disable_gradient_checkpointing()
-    facts, receipt = card(denoiser, requests, cfg, log, time.monotonic() - start, method)
-    return Hotfix(delta, facts | {"strength": strength}, receipt)
+    return Hotfix(delta, *card(denoiser, requests, cfg, log, time.monotonic() - start, method))
