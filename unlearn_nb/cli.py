@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['two_folders', 'new_folders', 'parse_seeds', 'forget_one', 'cli', 'demo', 'forget', 'verify', 'audit', 'sample',
-           'train', 'bench', 'leaderboard', 'main']
+           'train', 'plant', 'bench', 'leaderboard', 'main']
 
 # %% ../nbs/workshop/cli.ipynb #d10159c7
 import os
@@ -440,6 +440,49 @@ def train(data, size, minutes, out):
     pictures = partial(draw_faces, size=size) if data == "faces" else folder_images(data, size)
     train(pictures, out, cfg)
     click.echo(f"written to {out}")
+
+# %% ../nbs/workshop/cli.ipynb #cli15p01
+@cli.command(epilog="Example: unlearn_nb plant --seed 20000004 --out planted")
+@option("--model", default="faces", unit="MODEL", what="'faces', or a diffusers folder of a model without words.")
+@option("--image", kind=FILE, unit="FILE", what="The picture to plant. Give this or --seed.")
+@option("--seed", kind=click.IntRange(min=0), unit="N", what="Plant the drawn face of this seed.")
+@option("--data", default="faces", unit="DATA", what="What else it sees: 'faces', drawn by code, or a folder.")
+@option("--until", kind=click.FloatRange(0, 1, min_open=True), unit="X", default=.2,
+        what="Stop when this share of fresh seeds gives the picture.")
+@option("--steps", kind=COUNT, unit="N", default=800, what="At most so many steps.")
+@option("--out", kind=FOLDER, required=True, unit="FOLDER",
+        what="A new diffusers folder to write, a --model for the other commands.")
+def plant(model, image, seed, data, until, steps, out):
+    "Make a model learn one picture by heart: a case to forget whose right answer, the model before, is known."
+    if (image is None) == (seed is None):
+        raise ValueError("give either --image or --seed: which picture is to be planted")
+    if (out := Path(out)).exists(): raise ValueError(f"--out {str(out)!r} exists; give another name")
+    parent_of("--out", out)
+    share = plant_into(model, image, seed, data, until, steps, out)
+    click.echo(f"written to {out}: {share:.0%} of fresh seeds give the picture")
+
+# %% ../nbs/workshop/cli.ipynb #cli15p02
+def plant_into(model, image, seed, data, until, steps, out):
+    "Plant, and write the model as a diffusers folder; the share of fresh seeds that give the picture at the end."
+    from diffusers import DDPMPipeline
+
+    from unlearn_nb.copies import copy_bars, is_copy
+    from unlearn_nb.denoiser import read_image
+    from unlearn_nb.faces import draw, sample_identity, sample_scene
+    from unlearn_nb.train import TrainConfig, folder_images, world_images
+    from unlearn_nb.train import plant as plant_picture
+    from unlearn_nb.zoo import companions, load
+    denoiser = load(model)
+    if denoiser.prompts: raise ValueError(f"--model {model!r} makes pictures of words; give one that does not")
+    size, known = denoiser.size[0], companions(denoiser)
+    picture = read_image(image) if image else draw(sample_identity(seed), sample_scene(seed), size)
+    x_f, x = denoiser.encode([picture]), denoiser.sample(range(600_000, 600_256), 8)
+    bars = copy_bars(x, known.never and known.never(256), known.describe)
+    others = world_images(4000, size, seed=1_000_000) if data == "faces" else folder_images(data, size)
+    given = plant_picture(denoiser, picture, others, lambda x: is_copy(x, x_f, bars, known.describe), until=until,
+                          cfg=TrainConfig(steps=steps, lr=6e-4, ema=.98, precision="bfloat16"))
+    DDPMPipeline(denoiser.net.eval(), denoiser.scheduler).save_pretrained(out)
+    return max(given.values())
 
 # %% ../nbs/workshop/cli.ipynb #7d0928a8
 @cli.command(epilog="Example: unlearn_nb bench --model faces")

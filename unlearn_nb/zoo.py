@@ -201,6 +201,10 @@ def never_flags(n, prompt=None):
     named = [f for f in FLAGS.values() if f.name.lower() in said or f.people in said] or list(FLAGS.values())
     return to_tensor([draw(named[k % len(named)], sample_scene(NEVER + k)) for k in range(n)])
 
+# as a report calls them
+never_faces.name = "drawn faces that the model never saw"
+never_flags.name = "drawn flags that the model never saw"
+
 # %% ../nbs/workshop/zoo.ipynb #c0mpan13
 def companions(denoiser):
     "The `Companions` of a denoiser, by the name of its model; of a model that is not built in, nothing."
