@@ -233,11 +233,14 @@ def table(result):
     note = f"Verdict: {result['verdict']}."
     return Table(head, [cells(r) for r in result["attacks"]], {"p": 3, "s": 0}, note)
 
+# %% ../nbs/12_audit.ipynb #3b5f7d16
+#| code-fold: true
 def figure(result, title="", limits=(-6, 10)):
     "One line for each attack: its controls grey, the base hollow, the edited model coloured."
-    import matplotlib.pyplot as plt   # takes most of a second
+    from matplotlib.figure import Figure   # takes most of a second to import
     rows = [r for r in result["attacks"] if "score" in r]
-    fig, ax = plt.subplots(figsize=(8, .8 + .32 * len(rows)))
+    fig = Figure(figsize=(8, 1.2 + .32 * len(rows)), dpi=150, layout="constrained")
+    ax = fig.subplots()
     def at(v): return min(max(v, limits[0]), limits[1])
     for y, r in enumerate(rows):
         c, colour = r["controls"], SAID[r["verdict"]]
@@ -252,6 +255,10 @@ def figure(result, title="", limits=(-6, 10)):
     ax.set_yticks(range(len(rows)), [r["name"] for r in rows])
     ax.set(xlim=(limits[0] - .5, limits[1] + .5), ylim=(len(rows) - .4, -.6), title=title,
            xlabel="deviations from the mean of the controls (grey: nine in ten of them)")
+    for mark, fill, edge, text in (("s", BASE, BASE, "controls"), ("o", "none", EDITED, "base"),
+                                   ("o", EDITED, EDITED, "edited (red: found)")):
+        ax.plot([], [], mark, mfc=fill, mec=edge, label=text)
+    fig.legend(*ax.get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_visible(False)
     return to_image(fig)

@@ -453,7 +453,8 @@ def train(data, size, minutes, out):
 @option("--out", kind=FOLDER, required=True, unit="FOLDER",
         what="A new diffusers folder to write, a --model for the other commands.")
 def plant(model, image, seed, data, until, steps, out):
-    "Make a model learn one picture by heart: a case to forget whose right answer, the model before, is known."
+    "Make a model learn one picture by heart, on purpose."
+    # a case to forget, whose right answer is known: the model before
     if (image is None) == (seed is None):
         raise ValueError("give either --image or --seed: which picture is to be planted")
     if (out := Path(out)).exists(): raise ValueError(f"--out {str(out)!r} exists; give another name")
