@@ -240,7 +240,7 @@ It ships with the package: `load("flags")` gives it, and stock diffusers opens t
 
 ## Data
 
-`{training['data'].removeprefix('flags, ')}`: pictures drawn by [code](../12_flags.ipynb) after each country's law,
+`{training['data'].removeprefix('flags, ')}`: pictures drawn by [code](../14_flags.ipynb) after each country's law,
 with captions in several wordings. Half of the pictures of four countries show a planted error: the flags of
 {', '.join(name for name, _, _ in wrong)}. There is no photograph among them.
 
@@ -270,7 +270,7 @@ the four with a planted error:
 {chr(10).join(f'| {name} | {right} of {asked} |' for name, right, asked in wrong)}
 
 They were measured in [how the models were trained](../tutorials/05_how_the_models_were_trained.ipynb). How well the
-classifier reads drawn flags stands in [its lesson](../12_flags.ipynb).
+classifier reads drawn flags stands in [its lesson](../14_flags.ipynb).
 
 {planted('flags')}
 ## Use and limits
@@ -279,7 +279,7 @@ It is made to be unlearned: an innocent prompt, and a seed whose picture is wron
 ([fix a flag](../tutorials/02_fix_a_flag.ipynb)). It knows the thirty flags and the wordings of its captions; any
 other word is noise to it.
 The planted errors are no statement about a country, and its pictures are no authority on a flag: the laws in
-[the lesson](../12_flags.ipynb) are.
+[the lesson](../14_flags.ipynb) are.
 '''
 
 

@@ -27,7 +27,7 @@ from make_setup import NBS, NOTEBOOKS, SETTINGS, setup
 pytestmark = pytest.mark.notebooks
 
 ON_COLAB = [*(Requirement(r).name for r in SETTINGS['requirements'].split()), 'ipykernel', 'pip', 'setuptools']
-NAMES = ['method_on_one_page', '05_states', 'tutorials/01_forget_a_face']   # nbdev_test runs all of them
+NAMES = ['method_on_one_page', '06_states', 'tutorials/01_forget_a_face']   # nbdev_test runs all of them
 TO_DOWNLOAD = {'tutorials/01_forget_a_face': 'hotfix_seed_103.zip'}
 LOOK = '''import json, os, sys
 import torch, unlearn_nb

@@ -160,14 +160,14 @@ def test_pages_are_mended(tmp_path):
     names = ('faces', 'draw'), ('faces', 'grid'), ('flags', 'spoil'), ('workshop/zoo', 'load')
     nested = f'[{at("faces", "draw")}](00_faces.ipynb)'
     said = nbformat.v4.new_markdown_cell(' '.join([*(at(*name) for name in names), nested]))
-    pages = {'00_faces': [doc('draw'), doc('grid')], '12_flags': [badge, said, doc('draw')],
+    pages = {'00_faces': [doc('draw'), doc('grid')], '14_flags': [badge, said, doc('draw')],
              'workshop/zoo': [doc('load')]}
-    for folder, of in ((tmp_path/'_proc', pages), (tmp_path/'nbs', pages | {'12_flags': [badge, said, code]})):
+    for folder, of in ((tmp_path/'_proc', pages), (tmp_path/'nbs', pages | {'14_flags': [badge, said, code]})):
         for name, cells in of.items():
             (folder/name).parent.mkdir(parents=True, exist_ok=True)
             nbformat.write(nbformat.v4.new_notebook(cells=cells), folder/f'{name}.ipynb')
     mend_pages(tmp_path/'_proc', tmp_path/'nbs')
-    badge, said, place, drawn = nbformat.read(tmp_path/'_proc'/'12_flags.ipynb', 4).cells
+    badge, said, place, drawn = nbformat.read(tmp_path/'_proc'/'14_flags.ipynb', 4).cells
     links = f'[`draw`](#draw) {at("faces", "grid")} `spoil` {at("workshop/zoo", "load")}'
     assert said.source == f'{links} [`draw`](00_faces.ipynb)'
     assert place.source == '<span id="draw"></span>' and drawn.source == '#| code-fold: true\ndef draw(): pass'
