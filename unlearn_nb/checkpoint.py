@@ -35,7 +35,8 @@ def content(retain):
 
 def run_identity(denoiser, requests, earlier, retain, cfg, method):
     "What a run is about, field by field: settings, method, weights, requests, what must stay."
-    pictures = [[picture_sha256(r.image), picture_sha256(r.surrogate), r.seed, r.prompt] for r in requests]
+    pictures = [[picture_sha256(r.image), picture_sha256(r.surrogate), r.seed, r.prompt, r.steps,
+                 list(r.copies or ())] for r in requests]
     return {k: name_of(v) for k, v in vars(cfg).items()} | {
         "method": name_of(method), "weights of the model": fingerprint(denoiser), "requests": pictures,
         "earlier requests": [picture_sha256(r.image) for r in earlier], "what must stay": content(retain)}
