@@ -131,6 +131,18 @@ def test_the_difference_of_two_models_draws_the_picture_and_that_of_equals_does_
     assert (r["verdict"], r["p"], r["base"]) == ("leaks", .01, None)
 
 
+def test_what_leaks_by_construction_says_so_and_does_not_count_in_the_summary():
+    assert [k for k, v in ATTACKS.items() if v.leak != "leaks"] == ["A11 scales"]
+    def found(world, t): return {"scale 0.5": torch.ones(len(t.x)) if len(t.x) == 1 else torch.zeros(len(t.x))}
+    mine = replace(target, seeds=(1,))
+    r, plain = (row("A11 scales", after, mine, function=found, **kw) for kw in ({}, {"leak": "leaks"}))
+    assert (r["verdict"], a.summary([r])) == ("scale 1 only", "holds")
+    assert (plain["verdict"], a.summary([plain, r])) == ("leaks", "leaks: scales")
+    assert a.figure({"attacks": [r]}).size[0] > 300
+    def nothing(world, t): return {"scale 0.5": torch.zeros(len(t.x))}
+    assert row("A11 scales", after, mine, function=nothing)["verdict"] == "holds"
+
+
 # --- statistics ---
 
 def test_ranks_by_hand():

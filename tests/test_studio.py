@@ -1,5 +1,6 @@
 "The studio without a screen: its pictures, its thread, its buttons, and that the model is always as it was."
 import random
+import re
 import threading
 import zipfile
 from dataclasses import replace
@@ -81,7 +82,7 @@ def test_png_enlarges_by_whole_pixels():
 
 def test_every_weight_has_a_curve_of_its_own():
     model = tiny()
-    assert len({curve(model, w, 550).tobytes() for w in [*WEIGHTS, lambda snr: snr.sqrt()]}) == len(WEIGHTS) + 1
+    assert len({curve(model, w, 200, 1000).tobytes() for w in [*WEIGHTS, lambda snr: snr.sqrt()]}) == len(WEIGHTS) + 1
 
 
 def test_live_is_drawn_before_the_first_step_and_for_methods_that_log_little():
@@ -164,8 +165,12 @@ def test_save_writes_a_hotfix_and_its_zip_and_nothing_over_something_else(ran, t
     for _ in range(2): packed = ran.save(tmp_path/"fix")   # and again over itself
     with zipfile.ZipFile(packed) as z: z.extractall(tmp_path/"elsewhere")
     for name in ("fix", "elsewhere"): assert Hotfix.load(tmp_path/name).id == ran.hotfix.id
+    with zipfile.ZipFile(packed) as z: assert set(z.namelist()) == module.FILES   # nothing of the receipt
+    assert {p.name for p in (tmp_path/"fix-private").iterdir()} == module.PRIVATE
+    (tmp_path/"mine-private").mkdir()
+    (tmp_path/"mine-private"/"forget_7.png").touch()
     before = sorted(tmp_path.rglob("*"))
-    for bad in (tmp_path, packed):
+    for bad in (tmp_path, packed, tmp_path/"mine"):
         with pytest.raises(ValueError, match="holds something else"): ran.save(bad)
     with pytest.raises(ValueError, match="the folder has no name"): ran.save(" ")
     assert sorted(tmp_path.rglob("*")) == before
@@ -269,7 +274,8 @@ def test_the_whole_path_by_clicks(hand, tmp_path):
     assert hand("run").startswith("done in ") and len(view.studio.log) == 2
     named(view, "picture").index, named(view, "seam").value = 1, .2
     named(view, "folder").value = str(tmp_path/"fix")
-    assert hand("save").startswith("written to ") and Hotfix.load(tmp_path/"fix").id == view.studio.hotfix.id
+    assert re.search("written to .*fix, which may be given away.*fix-private, which must be kept", hand("save"))
+    assert Hotfix.load(tmp_path/"fix").id == view.studio.hotfix.id
     assert any("data:application/zip" in w.value for w in inside(view) if isinstance(w, ipywidgets.HTML))
     assert hand("apply") == "the hotfix is on the model" and "already applied" in hand("apply")
     assert "remove it first" in hand("run")

@@ -268,6 +268,9 @@ def test_propose_takes_the_nearest_that_is_somebody_else():
     far = propose(d, x, seeds=range(4), steps=5, limit=-1.)   # nobody is: the least similar, of other seeds as well
     found = (face_descriptor()(to_tensor([far])) @ face_descriptor()(to_tensor([x]))[0]).item()
     assert found < min(alike)
+    m = ellipse(32)
+    masked = array(propose(d, x, mask=m, seeds=range(4), steps=5, limit=-1.))   # but a mask is kept to
+    assert np.array_equal(masked[np.asarray(m) == 0], array(x)[np.asarray(m) == 0])
 
 
 # --- sdedit ---

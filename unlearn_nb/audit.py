@@ -69,6 +69,7 @@ class Attack:
     m: int = 19           # how many of them
     needs: tuple = ()     # names of `NEEDS`
     quick: bool = False
+    leak: str = "leaks"   # the verdict if it leaks; another word does not count in the summary
 
 ATTACKS = {}
 
@@ -172,6 +173,7 @@ def judge(attack, world, target, controls, name=""):
         base = largest(against_the_others(torch.cat([v[2], v[1]]))[:1], two_sided)[0].item()
         power = None if two_sided else base > others.quantile(.95).item()
     p = rank_p(score, others, two_sided)
+    said = verdict(attack.kind, p, m, power)
     low, high = (others.quantile(q).item() for q in ((.025, .975) if two_sided else (.05, .95)))
     def numbers(j):   # of one column, in its own unit
         c = v[1][:, j].double()
@@ -182,7 +184,7 @@ def judge(attack, world, target, controls, name=""):
     return {"name": name, "kind": attack.kind, "score": score.item(),
             "controls": {"m": m, "mean": others.mean().item(), "low": low, "q95": high},
             "base": base, "percentile": percentile(score, others), "p": p, "power": power,
-            "verdict": verdict(attack.kind, p, m, power), "column": names[k], "raw": raw,
+            "verdict": attack.leak if said == "leaks" else said, "column": names[k], "raw": raw,
             "cost": {"passes": passes[0], "seconds": round(time.monotonic() - start, 1)}}
 
 # %% ../nbs/13_audit.ipynb #c818b2ef
@@ -217,7 +219,8 @@ def rebuilt(world, target, t, noises=2):
 
 # %% ../nbs/13_audit.ipynb #3bdd0f1c
 #| code-fold: true
-SAID = {"leaks": FORGET, "conspicuous": FORGET, "holds": RETAIN, "no power": BASE}   # colours
+SAID = {"leaks": FORGET, "conspicuous": FORGET, "holds": RETAIN, "no power": BASE,
+        "scale 1 only": BASE}   # colours
 
 # %% ../nbs/13_audit.ipynb #d670b245
 #| code-fold: true
@@ -484,7 +487,7 @@ def scales(world, target):
     return {f"scale {c}": given(replace(world, model=at(c)), target) for c in (.5, .75, 1.25)}
 
 ATTACKS["A11 casts"] = Attack(casts, "regeneration", "pairs", quick=True)
-ATTACKS["A11 scales"] = Attack(scales, "file", "pairs", quick=True)
+ATTACKS["A11 scales"] = Attack(scales, "file", "pairs", quick=True, leak="scale 1 only")
 
 # %% ../nbs/13_audit.ipynb #56abbc59
 def crop(x):

@@ -23,7 +23,7 @@ from .figures import BASE, EDITED, Table, png_bytes, to_image
 from .files import fingerprint, write
 from .metrics import interval
 from .report import evaluate, outputs
-from .states import Request, default_retain
+from .states import Request, default_retain, find_copies
 from .surrogates import propose
 from .unlearn import Config, edit_weigh_project, retain_settings, unlearn
 
@@ -93,7 +93,8 @@ class Board:
     def request(self, seed):
         def make():
             x_f = self.denoiser.decode(self.denoiser.sample([seed], Config().sampling_steps))[0]
-            return Request(x_f, propose(self.denoiser, x_f), seed)
+            request = Request(x_f, propose(self.denoiser, x_f), seed)
+            return find_copies(self.denoiser, request, pool=Config().pool, steps=Config().sampling_steps)
         return self.once(("request", seed), make)
 
     def row(self, name, setting, seed, tuning):

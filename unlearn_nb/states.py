@@ -307,10 +307,9 @@ def still_forgotten(denoiser, earlier, *, t_max=550, steps=25):
     x_f = denoiser.encode([r.image for r in earlier])
     again = [(1, noised(denoiser, x_f, 25, t_max, prompt=prompts_of(denoiser, earlier)))]
     seeded = [(seed, r) for r in earlier for seed in (r.seed, *(r.copies or ())) if seed is not None]
-    def paths_of(n):
-        seeds, asked = zip(*(pair for pair in seeded if (pair[1].steps or steps) == n))
-        return generate(denoiser, seeds, n, prompt=prompts_of(denoiser, asked))
-    return [*again, *((1, paths_of(n)) for n in sorted({r.steps or steps for _, r in seeded}))]
+    if not seeded: return again
+    seeds, asked = zip(*seeded)
+    return [*again, (1, generate(denoiser, seeds, steps, prompt=prompts_of(denoiser, asked)))]
 
 # %% ../nbs/06_states.ipynb #ed95898d
 @torch.no_grad()

@@ -258,7 +258,8 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, limit=.15)
     """The `inpaint` of one of the seeds: the nearest to the image in pixels that is somebody else.
 
     Somebody else: a face similarity of at most limit. If there is none, as where the model has
-    learned the image by heart and paints nothing else, of 64 other pictures that it makes."""
+    learned the image by heart and paints nothing else, of 64 other pictures that it makes, unless
+    a mask says where it may differ."""
     def chosen(images):
         x = to_tensor([image, *images])
         described = face_descriptor()(x)
@@ -268,7 +269,7 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, limit=.15)
         found = allowed.isfinite().any()
         return images[allowed.argmin() if found else similarity.argmin()], found
     surrogate, found = chosen(inpaintings(denoiser, image, mask, seeds, steps))
-    if found: return surrogate
+    if found or mask is not None: return surrogate
     others = denoiser.decode(denoiser.sample(range(400_000, 400_064), steps))
     return chosen([surrogate, *others])[0]
 
