@@ -308,7 +308,7 @@ def test_strength_zero_gives_the_image_back():
     "The trained model, an image of its own and a drawn one; more rounds, nearer."
     d = trained()
     own, drawn = d.decode(d.sample([100], steps=15))[0], draw(sample_identity(51), sample_scene(51))
-    for x in (own, drawn): assert psnr(attribute(d, x, along=torch.zeros(15, 96, 4, 4), strength=0.), x) > 33
+    for x in (own, drawn): assert psnr(attribute(d, x, along=torch.zeros(15, 112, 4, 4), strength=0.), x) > 33
     *_, (_, once) = d.path(invert(d, d.encode([own]), 15, rounds=1), 999, 15, None)
     assert psnr(d.decode(once)[0], own) < 30
 
@@ -355,7 +355,7 @@ def test_a_hair_direction_moves_hair():
             way = (moved(d, noise, along, s) - still)*(short - long)
             return (way.flatten(1).sum(1)/(short - long).square().flatten(1).sum(1)).mean()
         share = [share(s) for s in (2., 0., -2.)]
-    assert share[0] > .2 and abs(share[1]) < 1e-3 and share[2] < .1
+    assert share[0] > .2 and abs(share[1]) < 1e-3 and share[2] < .15
 
 
 # --- compose, neighbour, instruct ---
