@@ -101,7 +101,7 @@ class Reader:
     "Somebody who reads and clicks in the output of the notebook's cell."
     def __init__(self, page, shots): self.page, self.out, self.shots = page, page.locator(".jp-OutputArea"), shots
     def said(self): return self.out.locator(".widget-html b").first.inner_text()
-    def reads(self, text): self.out.get_by_text(re.compile(text)).first.wait_for(state="visible")
+    def reads(self, text): self.out.get_by_text(re.compile(text)).first.wait_for(state="visible", timeout=180_000)
 
     def button(self, name):
         exactly = re.compile(rf"^\s*{re.escape(name)}\s*$")   # before it stands its icon
