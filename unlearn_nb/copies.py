@@ -32,7 +32,7 @@ def hundredth(v):
     return (middle + 2.326 * (middle - v.quantile(.1587))).item()   # below lies one deviation
 
 # %% ../nbs/05_copies.ipynb #c0p1es08
-LEAST = 20.   # dB: farther than an error of a tenth of the range no picture is a copy, however few there are
+LEAST = 20., .5   # dB and cosine: below them no picture is a copy, however few there are to make the bars of
 
 def copy_bars(x, others=None, describe=None, x_f=None):
     """The `Bars` for copies among pictures x [N, C, H, W]: how near those come that are none.
@@ -45,7 +45,7 @@ def copy_bars(x, others=None, describe=None, x_f=None):
     near = nearness(x if others is None else others, x, describe)
     if others is None: near = [v.masked_fill(torch.eye(len(x), dtype=bool), -torch.inf) for v in near]
     psnr, alike = (hundredth(v.max(1).values) for v in near)
-    return Bars(max(psnr, LEAST), alike)
+    return Bars(max(psnr, LEAST[0]), max(alike, LEAST[1]))
 
 def is_copy(x, x_f, bars, describe=None):
     "Which of the pictures x [N, C, H, W] are copies of the picture x_f [1, C, H, W], above both bars: [N]."
@@ -55,7 +55,7 @@ def is_copy(x, x_f, bars, describe=None):
 def is_kin(x, x_f, bars, describe=None):
     "Which of the pictures x [N, C, H, W] are above one of the bars, too near to x_f to be kept: [N]."
     psnr, alike = nearness(x, x_f, describe)
-    return ((psnr > bars.psnr) | (alike > bars.similarity))[:, 0]
+    return ((psnr > bars.psnr) | (alike > bars.similarity + 1e-4))[:, 0]   # beyond rounding
 
 # %% ../nbs/05_copies.ipynb #fee08fe8
 def nearest(x0, x_f, k):
