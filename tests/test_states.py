@@ -365,7 +365,7 @@ def test_no_copy_of_the_forget_image_is_among_what_must_stay(monkeypatch):
 
 
 def test_few_pictures_make_nobody_kin():
-    "Bars of three pictures say little: strangers stay below them, and so do pictures that a descriptor cannot tell apart."
+    "Bars of three pictures say little: strangers stay below, and so do those that a descriptor cannot tell apart."
     x = torch.rand(4, 3, 8, 8, generator=gen()) * 2 - 1
     def apart(x): return torch.nn.functional.normalize(x.flatten(1), dim=1)
     def alike(x): return torch.nn.functional.normalize(torch.ones(len(x), 3) + 1e-7 * x.flatten(1)[:, :3], dim=1)
