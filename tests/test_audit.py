@@ -285,7 +285,7 @@ def test_an_audit_says_why_an_attack_has_no_meaning_and_reports_its_progress():
     assert [r["verdict"] for r in result["attacks"]] == [
         "n/a: it starts from the seed that gave the picture, and the request names none",
         "n/a: it searches among words, and this model makes pictures without words", "holds"]
-    assert result["verdict"] == "holds"
+    assert result["verdict"] == "holds; not asked: other roads, guided start"
     assert len(a.table(result).rows) == 3 and a.figure(result).size[0] > 300
 
 

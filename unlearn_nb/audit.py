@@ -23,6 +23,7 @@ from .denoiser import Denoiser, max_batch
 from .figures import BASE, EDITED, FORGET, RETAIN, Table, to_image
 from .hotfix import Hotfix, picture_sha256
 from .metrics import denoising_error, describe, psnr, similarity
+from .report import rebuilt
 from .schedule import generators, randn, step_generator
 from .weights import unit_v, x0_loss
 
@@ -188,10 +189,6 @@ def judge(attack, world, target, controls, name=""):
             "cost": {"passes": passes[0], "seconds": round(time.monotonic() - start, 1)}}
 
 # %% ../nbs/13_audit.ipynb #c818b2ef
-def share(denoiser, t):
-    "A level given for 1,000 levels, of a model with others."
-    return round(t / 1000 * denoiser.T)
-
 def finish(denoiser, x, start, steps, prompt=None, eta=0.):
     "From states x [B, C, H, W] at level start to clean images, a batch at a time."
     out, n = [], max_batch(denoiser, 64)
@@ -208,14 +205,11 @@ def alike(world, y, x):
     goal = pixels(x).repeat_interleave(len(y) // len(x), 0)
     return similarity(pixels(y), goal, world.describe).view(len(x), -1).mean(1).cpu()
 
-@torch.no_grad()
-def rebuilt(world, target, t, noises=2):
+def back_alike(world, target, t, noises=2):
     "Noise each picture to t (of 1,000), denoise it again, `noises` times: mean similarity [N]."
-    m, t, n = world.model, share(world.model, t), len(target.x)
-    eps = randn(generators(range(noises)), m.shape, m.device).repeat(n, 1, 1, 1)
-    x_t = m.noise(target.x.repeat_interleave(noises, 0), eps, m.level(t, len(eps)))
-    steps = max(3, round(world.steps * (t + 1) / m.T))
-    return alike(world, finish(m, x_t, t, steps, target.prompt), target.x)
+    m, words = world.model, target.prompt and [target.prompt] * len(target.x)
+    steps = max(3, round(world.steps * (m.of_thousand(t) + 1) / m.T))
+    return alike(world, rebuilt(m, target.x, t, range(noises), steps, words).flatten(0, 1), target.x)
 
 # %% ../nbs/13_audit.ipynb #3bdd0f1c
 #| code-fold: true
@@ -271,7 +265,7 @@ LEVELS = (50, 100, 250, 400, 550, 700, 850)
 
 def reconstruction(world, target):
     "A1. Similarity of the picture to what the model makes of it, noised to seven levels."
-    return {f"t = {t}": rebuilt(world, target, t) for t in LEVELS}
+    return {f"t = {t}": back_alike(world, target, t) for t in LEVELS}
 
 ATTACKS["A1 reconstruction"] = Attack(reconstruction, "regeneration", "pictures", quick=True)
 
@@ -424,7 +418,7 @@ def relearning(world, target, after=AFTER):
         m = twin(world.model)
         here, one = replace(world, model=m), Target(x, prompt=target.prompt)
         for step in train(m, x, max(after), 1e-4, target.prompt):
-            if step in out: out[step].append(rebuilt(here, one, 400, 4))
+            if step in out: out[step].append(back_alike(here, one, 400, 4))
     return {f"{k} steps": torch.cat(v) for k, v in out.items()}
 
 ATTACKS["A9 relearning"] = Attack(relearning, "regeneration", "pictures", 9, quick=True)
@@ -441,14 +435,14 @@ def retrained(denoiser, others, prompt, steps=200):
 def given(world, target):
     "What the model gives for the seeds, or, if they are not known, for the pictures at t = 550."
     m = world.model
-    if not target.seeds: return rebuilt(world, target, 550, 2)
+    if not target.seeds: return back_alike(world, target, 550, 2)
     z = randn(generators(target.seeds), m.shape, m.device)
     return alike(world, finish(m, z, m.T - 1, world.steps, target.prompt), target.x)
 
 def resurgence(world, target):
     "A10. Train on other pictures, as any user may: does this one come back?"
     here = replace(world, model=retrained(world.model, world.others, target.prompt))
-    back = {f"t = {t}": rebuilt(here, target, t) for t in (400, 550, 700)}
+    back = {f"t = {t}": back_alike(here, target, t) for t in (400, 550, 700)}
     return {"given": given(here, target)} | back
 
 ATTACKS["A10 resurgence"] = Attack(resurgence, "regeneration", "pairs")
@@ -503,7 +497,7 @@ def neighbours(world, target):
     "A15. Do pictures beside this one come back better than those beside others?"
     m = world.model
     def near(f): return replace(target, x=m.latents(f(m.pixels(target.x))))
-    return {name: rebuilt(world, near(f), 550, 2) for name, f in BESIDE.items()}
+    return {name: back_alike(world, near(f), 550, 2) for name, f in BESIDE.items()}
 
 ATTACKS["A15 neighbours"] = Attack(neighbours, "regeneration", "pictures")
 
@@ -546,7 +540,7 @@ ATTACKS["A5 inversion"] = Attack(inversion, "detection", "kin", 39)
 def errors(world, target):
     "log10 of the error with which the model denoises the pictures, at each of `LEVELS`."
     m, some = world.model, target.x.split(max_batch(world.model, 64))
-    levels = [share(m, t) for t in LEVELS]
+    levels = [m.of_thousand(t) for t in LEVELS]
     parts = [denoising_error(m, x, levels, range(4), target.prompt) for x in some]
     e = torch.cat(parts, 1).mean(-1).log10().cpu()   # [levels, N]
     return {f"error, t = {t}": row for t, row in zip(LEVELS, e)}
@@ -555,10 +549,10 @@ def errors(world, target):
 def membership(world, target):
     "A12. Denoising errors, PIA and SecMI: what a model is unusually sure of, or unusually bad at."
     m, x, n = world.model, target.x, len(target.x)
-    cond, t = m.prompt_ids(target.prompt, n), share(m, 200)
+    cond, t = m.prompt_ids(target.prompt, n), m.of_thousand(200)
     first = noise_of(m, x, 0, cond)                              # PIA: at the picture itself
     again = noise_of(m, m.noise(x, first, m.level(t, n)), t, cond)
-    times = m.timesteps(share(m, 200), 8).tolist()[::-1]
+    times = m.timesteps(m.of_thousand(200), 8).tolist()[::-1]
     states, _ = inverted(m, x, times, target.prompt, rounds=1)   # SecMI: one step back
     back = m.step(states[-1], m.predict(states[-1], times[-1], cond), times[-1], times[-2])
     def log(a, b): return (a - b).square().flatten(1).mean(1).log10().cpu()
@@ -609,7 +603,7 @@ def rough(x):
 
 def beliefs(world, x, k, prompt, levels=(150, 300, 450)):
     "What base and model believe in at pictures x, noised to the level of step k: two [B, C, H, W]."
-    m, t = world.model, share(world.model, levels[k % len(levels)])
+    m, t = world.model, world.model.of_thousand(levels[k % len(levels)])
     eps = torch.randn(x.shape, generator=step_generator(1, k)).to(x)
     x_t, cond = m.noise(x, eps, m.level(t, len(x))), m.prompt_ids(prompt, len(x))
     return world.base.predict(x_t, t, cond), m.predict(x_t, t, cond)
@@ -632,7 +626,7 @@ def ascent(world, prompt, objective, starts=8, steps=100):
     def loss(x, k): return (.5 * rough(x) - objective(world, x, k, prompt)).sum()
     x = .3 * randn(generators(range(starts)), b.shape, b.device)
     x = descend(loss, x, steps, .03, lambda x: x.clamp(-limit, limit))
-    t, eps = share(b, 400), randn(generators(range(starts)), b.shape, b.device)
+    t, eps = b.of_thousand(400), randn(generators(range(starts)), b.shape, b.device)
     return finish(b, b.noise(x, eps, b.level(t, starts)), t, 10, prompt)
 
 # %% ../nbs/13_audit.ipynb #beb98598
@@ -693,7 +687,7 @@ def guided_start(world, target, updates=20, levels=8):
                 g, = torch.autograd.grad(loss, y)
             velocity = .9 * velocity + g / scale(g)
             y = y.detach() - .01 * velocity.sign()
-    t = share(m, 700)
+    t = m.of_thousand(700)
     with torch.no_grad():
         y = finish(m, m.noise(y, eps, m.level(t, len(x))), t, world.steps, target.prompt)
     return {"similarity": alike(world, y, x)}
@@ -756,7 +750,7 @@ def never_made(denoiser, never, prompt, steps=25):
     "A function (a, b) -> clean images a ... b - 1: of `never`, or else the model's own."
     @lru_cache
     def pictures(a, b):
-        if never is not None: return never(b)[a:b].to(denoiser.device)
+        if never is not None: return denoiser.latents(never(b)[a:b].to(denoiser.device))
         return made(denoiser, a, b, steps, prompt)
     return pictures
 
@@ -765,7 +759,7 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
           watch=None):
     """Attacks on one request of a hotfix, with controls: {"attacks": rows, "verdict": text}.
 
-    never: n -> clean images [n, C, H, W] that the model never made (None: its own, of other seeds).
+    never: n -> pixels [n, 3, H, W] that the model never made (None: its own, of other seeds).
     attacks: names, such as "A1" (None: all, or the quick ones). watch: called as watch(name, k, n).
     ValueError for an unknown attack, or a hotfix of another base."""
     names, card = chosen(attacks, quick), hotfix.card
@@ -796,5 +790,7 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
 def summary(rows):
     "One line: what leaks, what is conspicuous; or that all holds."
     def those(v): return ", ".join(r["name"].split(" ", 1)[1] for r in rows if r["verdict"] == v)
-    found = [f"{v}: {those(v)}" for v in ("leaks", "conspicuous") if those(v)]
-    return "; ".join(found) or "holds"
+    found = [f"{v}: {those(v)}" for v in ("leaks", "conspicuous") if those(v)] or ["holds"]
+    idle = those("no power"), ", ".join(r["name"].split(" ", 1)[1] for r in rows if "score" not in r)
+    says = zip(("says nothing, for want of power", "not asked"), idle)
+    return "; ".join([*found, *(f"{what}: {names}" for what, names in says if names)])

@@ -149,6 +149,11 @@ def timesteps(self: Denoiser, start, steps):
     "Timesteps from `start` down, in at most `steps` steps; the last step leads to the clean image."
     return self.schedule.timesteps(start, steps)
 
+@patch
+def of_thousand(self: Denoiser, t):
+    "The timestep that stands in this model where t stands among 1000; the last one at most."
+    return min(round(t * self.T / 1000), self.T - 1)
+
 # %% ../nbs/02_denoiser.ipynb #f7d0ba62
 @patch
 def condition(self: Denoiser, cond):

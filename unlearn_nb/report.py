@@ -16,14 +16,13 @@ from pathlib import Path
 
 import torch
 
-from .copies import copy_bars, is_copy, nearness
+from .copies import copy_bars, is_copy, nearest, nearness, strangers
 from .denoiser import max_batch
 from .figures import BASE, EDITED, FORGET, SURROGATE, Table, png_bytes, to_image
 from .files import write
 from .metrics import (denoising_error, describe, drift, interval, kid, relative_forgetting,
                                 similarity)
 from .schedule import generators, randn
-from .states import nearest
 from .surrogates import check
 
 # %% ../nbs/12_report.ipynb #15re0001
@@ -36,9 +35,7 @@ ERRORS = (20, 50, 100, 200, 400)    # where the denoising error is looked at
 OTHERS = 600_000                    # first seed of the controls, where the model has no better ones
 QUICK, BACK = 8, 6                  # sampling steps of fresh seeds, of reconstructions
 
-def share(denoiser, t):
-    "The timestep of this model that t is among 1000."
-    return min(round(t * denoiser.T / 1000), denoiser.T - 1)
+
 
 # %% ../nbs/12_report.ipynb #15re0002
 @torch.no_grad()
@@ -47,7 +44,7 @@ def rebuilt(denoiser, x, t, noises=range(4), steps=BACK, prompts=None):
 
     With each of n noises, 64 at a time; each is what `Denoiser.reconstruct` gives.
     prompts: of a model with words, one for each picture."""
-    t, n, parts, batch = share(denoiser, t), len(noises), [], max_batch(denoiser, 64)
+    t, n, parts, batch = denoiser.of_thousand(t), len(noises), [], max_batch(denoiser, 64)
     eps = randn(generators(noises), denoiser.shape, denoiser.device).repeat(len(x), 1, 1, 1)
     x0 = x.to(denoiser.device).repeat_interleave(n, 0)
     cond = denoiser.prompt_ids(prompts and [p for p in prompts for _ in noises], len(x0))
@@ -88,7 +85,7 @@ def against(was, now, before, after):
 # %% ../nbs/12_report.ipynb #15re0003
 def log_errors(denoiser, x, noises, prompts):
     "Log denoising error of pictures x [N, C, H, W] at the levels `ERRORS`, mean over noises: [5, N]."
-    batch, levels, parts = max_batch(denoiser, 64), [share(denoiser, t) for t in ERRORS], []
+    batch, levels, parts = max_batch(denoiser, 64), [denoiser.of_thousand(t) for t in ERRORS], []
     for k in range(0, len(x), batch):
         said = prompts and prompts[k:k + batch]
         parts.append(denoising_error(denoiser, x[k:k + batch], levels, noises, said).mean(-1))
@@ -201,12 +198,6 @@ def reconstruction_rows(before, after, x_f, x_s, unlike, describe=describe):
     return rows
 
 # %% ../nbs/12_report.ipynb #15re0007
-def strangers(x_f, others, describe=describe):
-    "What similarity two pictures that have nothing to do with each other reach: 95 % point."
-    a, b = describe(x_f), describe(others)
-    pairs = (b @ b.T)[tuple(torch.triu_indices(len(b), len(b), 1))]
-    return torch.cat([(a @ b.T).flatten(), pairs]).quantile(.95).item()
-
 def group(was, now, copy, describe=describe):
     "The drift of pictures [N, 3, H, W] that are no copies (copy: bool [N]), and how many were."
     some = {"n": (~copy).sum().item(), "left_out": copy.sum().item()}
@@ -233,7 +224,7 @@ def recalled(denoiser, earlier, steps=25, describe=describe):
     It gives the picture of the request's seed, or else the reconstruction from t = 250."""
     def given(r, x):
         if r.seed is not None: return denoiser.sample([r.seed], r.steps or steps, prompt=r.prompt)
-        return denoiser.reconstruct(x, share(denoiser, 250), [0], steps, prompt=r.prompt)
+        return denoiser.reconstruct(x, denoiser.of_thousand(250), [0], steps, prompt=r.prompt)
     def back(r, x): return similarity(denoiser.pixels(given(r, x)), denoiser.pixels(x), describe).item()
     return [back(r, denoiser.encode([r.image])) for r in earlier]
 
@@ -280,6 +271,7 @@ def controls_stay(r):
              if row["control_after"] is not None]
     if not falls: return None, "no controls"
     return max(falls) <= .1, f"similarity to themselves falls by {max(falls):.2f} (at most .10)"
+
 def stays(name):
     "The rule that a group drifts little."
     def rule(r):
@@ -388,7 +380,7 @@ def evidence_of(denoiser, requests, before, after, reference, never, describe=de
         out["copies"] = x["copies"] = {k: copies(x[k], x_f, bars, describe) for k in ("panel", "fresh")
                                        if x[k] is not None}
     rest = was["panel"][~was["copies"]["panel"]] if others is None else others
-    unlike, again = strangers(x_f, rest, describe), None
+    unlike, again = strangers(rest, describe, x_f), None
     if was["fresh"] is not None:
         again = regeneration(x_f, x_s, was["fresh"], now["fresh"], bars, others, describe)
     same = same_seed(x_f[own], x_s[own], was["seed"], now["seed"], unlike, describe) if own else None

@@ -222,7 +222,8 @@ def run(self: Studio, watch=None, looks=8):
     kept = cfg.retain_images, cfg.near_images, cfg.pool, cfg.sampling_steps   # what these depend on
     if self.retain is None or self.retain[0] != kept:
         found = find_copies(self.model, request, pool=cfg.pool, steps=cfg.sampling_steps, **how)
-        self.retain = kept, found.copies, default_retain(self.model, [found], **retain_settings(cfg), **how)
+        self.retain = kept, found.copies, default_retain(self.model, [found], **retain_settings(cfg), **how,
+                                                          prompts=companions(self.model).prompts)
     _, copies, retain = self.retain
     marks = {round((k + 1) * cfg.steps / looks) for k in range(looks)}
     def look(step, seen):

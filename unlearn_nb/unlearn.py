@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRESETS', 'PRECISIONS', 'Config', 'autocast', 'gradient', 'Problem', 'edit_weigh_project', 'not_finite', 'move',
-           'problem_of', 'retain_settings', 'run', 'strangers', 'least_strength', 'unlearn']
+           'problem_of', 'retain_settings', 'run', 'least_strength', 'unlearn']
 
 # %% ../nbs/11_unlearn.ipynb #f5a8d698
 import time
@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from . import surgery, weights
 from .checkpoint import load_checkpoint, run_identity, save_checkpoint
+from .copies import strangers
 from .hotfix import Hotfix, card
 from .parametrization import parametrize
 from .schedule import Flow, step_generator
@@ -256,12 +257,6 @@ def tables(retain):
     "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
     return [retain] if isinstance(retain, States) else [part for _, inner in retain for part in tables(inner)]
 
-# %% ../nbs/11_unlearn.ipynb #5tr3ng03
-def strangers(x, describe):
-    "The similarity that one pair in twenty of the pictures x [N, 3, H, W] exceeds."
-    d = describe(x)
-    return (d @ d.T)[*torch.triu_indices(len(x), len(x), 1)].quantile(.95).item()
-
 # %% ../nbs/11_unlearn.ipynb #5tr3ng04
 @torch.no_grad()
 def set_strength(parametrization, full, s):
@@ -277,7 +272,7 @@ def least_strength(problem, describe, moved=.2):
 
     describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths."""
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
-    steps = STRENGTHS + MORE * problem.by_heart
+    steps, part = STRENGTHS + MORE * problem.by_heart, .75 if problem.by_heart else 1.
     full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
     z = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
@@ -286,7 +281,7 @@ def least_strength(problem, describe, moved=.2):
     def enough(s):
         set_strength(form, full, s)
         now = from_noise(d, z, problem.cfg.sampling_steps, own.cond).x0
-        return (describe(d.pixels(now)) * was).sum(-1).quantile(.75) <= bar
+        return (describe(d.pixels(now)) * was).sum(-1).quantile(part) <= bar
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
