@@ -225,7 +225,10 @@ def test_no_edit_points_at_a_kept_picture(problem, monkeypatch):
     monkeypatch.setattr(baselines, "edit_weigh_project", seen.append)
     no_edit(problem)
     assert any(torch.equal(seen[0].x_s[0], x) for x in pictures(problem.retain))
-    assert torch.equal(seen[0].own.goal[0, 0], seen[0].x_s[0]) and torch.equal(seen[0].x_f, problem.x_f)
+    own, was = seen[0].own, problem.own
+    assert_close(own.x0 + own.shift, seen[0].x_s[:1].expand_as(own.x0))
+    assert_close(own.goal - own.shift[:, None], was.goal - was.shift[:, None])   # the same beliefs, moved elsewhere
+    assert torch.equal(seen[0].x_f, problem.x_f)
 
 
 # --- the same work for all ---

@@ -104,6 +104,10 @@ def test_factors_are_those_of_what_passes():
             found = getattr(factors[f'{name}.weight'], kind)
             if len(found) == 1: total = torch.ones(1, 1, dtype=torch.float64)
             assert_close(found, (total / total.trace() * len(total)).float(), atol=1e-5, rtol=1e-4)
+        total = brute_force(d, retain, n, 3)
+        for name in RAN:
+            means = [total[name, kind].trace().item() / len(total[name, kind]) for kind in 'AG']
+            assert_close(factors[f'{name}.weight'].strength, means[0] * means[1], atol=0., rtol=1e-3)
 
 
 def test_a_change_is_noticed_in_proportion_to_the_factors():
@@ -130,13 +134,14 @@ def test_factors_of_a_net():
         layers = {f'{k}.weight': m.weight for k, m in d.net.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
         assert {k: (len(f.G), len(f.A), len(f.kernel)) for k, f in factors.items()} \
             == {k: (*w.shape[:2], w[0, 0].numel()) for k, w in layers.items()}
-        for a in (a for f in factors.values() for a in vars(f).values()):
+        assert all(f.strength > 0 for f in factors.values())
+        for a in (a for f in factors.values() for a in (f.A, f.kernel, f.G)):
             assert a.dtype == torch.float32 and not a.requires_grad and torch.isfinite(a).all()
             assert_close(a, a.T, **CLOSE)
             values = torch.linalg.eigvalsh(a)
             assert abs(values.mean() - 1) < 1e-4 and values[0] >= -1e-5 * values[-1]
-        def same_as(other): return all(torch.equal(a, vars(other[k])[name])
-                                       for k, f in factors.items() for name, a in vars(f).items())
+        def same_as(other): return all(torch.equal(getattr(f, name), getattr(other[k], name))
+                                       for k, f in factors.items() for name in ('A', 'kernel', 'G'))
         assert same_as(layer_factors(d, retain, n=12)) and not same_as(layer_factors(d, retain, n=12, seed=1))
         assert torch.equal(torch.get_rng_state(), state) and not hooks(d.net)
         assert [p.requires_grad for p in d.net.parameters()] == asked
@@ -195,13 +200,22 @@ def test_damping_makes_the_dear_directions_short(A, kernel, G, damping, seed):
         assert_close(B.reach[o, k, c], exact / free, atol=1e-2, rtol=2e-2)
 
 
+def test_a_layer_that_is_noticed_more_moves_less():
+    "The middle layer as it would alone; another one by the root of how much less, or more, it is noticed."
+    one = torch.eye(2)
+    strengths = {'a': .5, 'b': 2., 'c': 8., 'nothing passes': 0.}
+    bases = eigenbases({name: Factors(one, one, one, s) for name, s in strengths.items()}, .01)
+    for name, times in (('a', .25), ('b', 1.), ('c', 4.), ('nothing passes', 1.)):
+        assert_close(bases[name].reach, torch.full((2, 2, 2), ((times + .01) / 1.01) ** -.5))
+
+
 def test_without_damping_all_coordinates_cost_the_same():
     "tr(G delta (A_k x A) delta') is |v|^2 times the strength of the freest triple."
     def some(n): return (x := torch.randn(n, 2 * n, generator=gen(n), dtype=torch.float64)) @ x.T / n
     f = Factors(A=some(3), kernel=some(4), G=some(5))
     B, v = eigenbases({'a': f}, 0.)['a'], torch.randn(5, 4, 3, generator=gen(), dtype=torch.float64)
     delta = B.from_basis(v, torch.zeros(5, 3, 2, 2)).flatten(2).transpose(1, 2).flatten(1)
-    freest = torch.stack([torch.linalg.eigvalsh(M)[0] for M in vars(f).values()]).prod()
+    freest = torch.stack([torch.linalg.eigvalsh(M)[0] for M in (f.A, f.kernel, f.G)]).prod()
     assert_close((f.G @ delta @ torch.kron(f.kernel, f.A) @ delta.T).trace(), freest * v.square().sum())
 
 

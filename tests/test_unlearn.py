@@ -374,7 +374,7 @@ def test_a_micro_batch_changes_nothing():
     for form in BOTH:
         cfg = replace(TINY, **form)
         of_weights, of_change = apart(straight(cfg).delta, run(replace(cfg, micro_batch=3)).delta)
-        assert of_weights < 1e-5 and of_change < 2e-3
+        assert of_weights < 5e-5 and of_change < 1e-2
 
 
 SHARED = {
@@ -403,7 +403,7 @@ def test_two_processes_are_one(tmp_path, one_thread):
     for name, how in SHARED.items():
         assert same(first[name], second[name])
         of_weights, of_change = apart(straight(replace(TINY, **how)).delta, first[name])
-        assert of_weights < 1e-5 and of_change < 2e-3
+        assert of_weights < 5e-5 and of_change < 1e-2
     name, how = next(iter(SHARED.items()))
     assert same(run(replace(TINY, **how), checkpoint=tmp_path / "run.safetensors").delta, first[name])
 

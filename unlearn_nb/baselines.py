@@ -249,5 +249,8 @@ def no_edit(problem):
     "`edit_weigh_project` with the nearest kept picture as surrogate."
     x = pictures(problem.retain)
     x_s = torch.stack([x[nearest(x, x_f[None], 1)[0]] for x_f in problem.x_f])
-    own = problem.own and replace(problem.own, goal=x_s[:1, None].expand_as(problem.own.goal))
+    own = problem.own
+    if own:
+        shift = x_s[:1] - own.x0
+        own = replace(own, goal=own.goal + (shift - own.shift)[:, None].to(own.goal), shift=shift)
     return edit_weigh_project(replace(problem, x_s=x_s, own=own))

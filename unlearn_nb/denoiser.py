@@ -70,6 +70,7 @@ class Denoiser:
         self.net, self.scheduler, self.name, self.revision = net, scheduler, name, revision
         self.hotfixes = []   # those that are on, in their order
         self.base = {}       # base weights of what they changed
+        self.pool = {}       # pictures of further seeds, by what they were made from (module `states`)
         self.kind, n, c = kind_of(net, self.nets), net.config, scheduler.config
         if n.out_channels != n.in_channels:
             raise ValueError(f"the net has {n.out_channels} output channels for {n.in_channels} input "

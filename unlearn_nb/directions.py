@@ -7,6 +7,7 @@ __all__ = ['Factors', 'layer_factors', 'Basis', 'eigenbases']
 
 # %% ../nbs/09_directions.ipynb #63a31aff
 from dataclasses import dataclass
+from statistics import median
 
 import torch
 from torch import Tensor, autograd
@@ -24,6 +25,7 @@ class Factors:
     A: Tensor        # [C, C] of what enters, between channels
     kernel: Tensor   # [k, k] of what enters, between places under the kernel (linear layer: k = 1)
     G: Tensor        # [O, O] of what random errors of the answer give back to what leaves
+    strength: float = 1.   # how much a change at random is noticed, beside those of other layers
 
 # %% ../nbs/09_directions.ipynb #fb3f148e
 def unit_mean(A):
@@ -76,7 +78,9 @@ class Sums:
             O, C, *kernel = self.layers[name].weight.shape
             k = torch.Size(kernel).numel()
             sizes = dict(A=C, kernel=k, G=O)
-            out[name] = Factors(**{kind: factor(name, kind, size) for kind, size in sizes.items()})
+            means = [self.sums[name, kind].trace() / sizes[kind] if (name, kind) in self.sums else 0. for kind in "AG"]
+            matrices = {kind: factor(name, kind, size) for kind, size in sizes.items()}
+            out[name] = Factors(**matrices, strength=float(means[0] * means[1]))
         return out
 
 # %% ../nbs/09_directions.ipynb #60c776ac
@@ -112,7 +116,7 @@ class Basis:
     G: Tensor        # [O, O]
     kernel: Tensor   # [k, k]
     A: Tensor        # [C, C]
-    reach: Tensor    # [O, k, C] in (0, 1], of each triple
+    reach: Tensor    # [O, k, C] above 0, of each triple
 
     def to_basis(self, g):
         "Gradient for the weight [O, C, ...] -> gradient for the coordinates v [O, k, C]."
@@ -138,11 +142,14 @@ def eigenbases(factors, damping=.01):
     """The `Basis` of each of the `Factors`: {name: Basis}. ValueError if one is not finite.
 
     reach is 1 / sqrt((l_G + damping)(l_kernel l_A + damping)) of the eigenvalues l, brought to at
-    most 1."""
-    bases = {}
+    most 1; and that times 1 / sqrt((S + damping) / (1 + damping)), of the layer's strength S in
+    units of the middle one's."""
+    bases, found = {}, [f.strength for f in factors.values() if f.strength]
+    middle = median(found) if found else 1.
     for name, f in factors.items():
         (l_G, U_G), (l_k, U_k), (l_A, U_A) = (eigenvectors(name, M) for M in (f.G, f.kernel, f.A))
         l_patch = l_k[:, None] * l_A                                             # [k, C]
         reach = ((l_G[:, None, None] + damping) * (l_patch + damping)).rsqrt()   # [O, k, C]
-        bases[name] = Basis(U_G, U_k, U_A, reach / reach.max())
+        layer = ((f.strength / middle if f.strength else 1.) + damping) / (1 + damping)
+        bases[name] = Basis(U_G, U_k, U_A, reach / reach.max() * layer ** -.5 if layer else reach)
     return bases

@@ -25,7 +25,7 @@ from .copies import strangers
 from .hotfix import Hotfix, card
 from .parametrization import parametrize
 from .schedule import Flow, step_generator
-from .states import (SAMPLING, States, default_retain, draw, find_copies, forget_states, from_noise,
+from .states import (SAMPLING, Pool, States, default_retain, draw, find_copies, forget_states, from_noise,
                                own_paths, prompts_of, steer, still_forgotten)
 from .weights import x0_loss
 
@@ -37,7 +37,7 @@ class Config:
     steps: int = 50                # updates of the weights
     forget_batch: int = 12         # forget states a step
     retain_batch: int = 20         # retain states a step
-    lr: float = 4e-3               # of Adam, at its highest; falls to zero along a cosine
+    lr: float = 6e-3               # of Adam, at its highest; falls to zero along a cosine
     clip: float = 1.               # largest norm of a step's gradient
     # what is forgotten (06)
     path_share: float = 1.         # share of the forget batch on the model's own paths, where one is known
@@ -47,12 +47,12 @@ class Config:
     sampling: str = "low"          # how those are spread, a name of `SAMPLING`; low: more of them where it is low
     # what is kept (06)
     retain_images: int = 64        # paths of the base model
-    near_images: int = 16          # and those of `pool` further seeds whose pictures are nearest to the forget image
+    near_images: int = 16          # those of `pool` further seeds nearest to the forget image, and those that move most
     pool: int = 256
     sampling_steps: int = 25       # of each path
     # how the two meet
-    weight: str = "unit_x0"        # w(snr) of the forget loss, a name or a callable (07)
-    retain_weight: str = "unit_v"  # w(snr) of the retain loss
+    weight: str = "abar"           # w(snr) of the forget loss, a name or a callable (07)
+    retain_weight: str = "unit_x0" # w(snr) of the retain loss
     surgery: str = "vaccine"       # how the two gradients meet, a name or a callable (08)
     damping: float = .01           # of the free directions (09); 0: all directions alike
     rank: int = 0                  # 0: the change is kept whole; r: as a LoRA of rank r
@@ -79,7 +79,7 @@ PRESETS = {
                lr=3e-5, damping=0.),
     # a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA
     "flags": dict(steps=60, forget_batch=8, retain_batch=24, path_share=.5, t_min=0, weight="min_snr",
-                  surgery="symmetric", lr=3e-3, rank=16, t_max=600, retain_images=50, near_images=0, pool=64,
+                  retain_weight="unit_v", surgery="symmetric", lr=3e-3, rank=16, t_max=600, retain_images=50, near_images=0, pool=64,
                   sampling_steps=12),
     # Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16; never run at that size, so untuned
     "sd3": dict(steps=120, rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, damping=0., t_max=1000,
@@ -126,7 +126,7 @@ class Problem:
     cfg: Config
     state: PartialState            # which of several processes this is
     cond: torch.Tensor | None = None   # [R] prompts, of a model with words
-    by_heart: bool = False         # has the model learned one of the pictures by heart?
+    requests: tuple = ()
 
     @property
     def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
@@ -187,28 +187,51 @@ def problem_of(denoiser, requests, retain, cfg):
     x_f, x_s = (denoiser.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
     cond = denoiser.prompt_ids(prompts_of(denoiser, requests), len(requests))
     own = own_paths(denoiser, requests, x_s, cfg.sampling_steps, cfg.t_min)
+    retain = [(1, retain)] if isinstance(retain, States) else [*retain]
     w_r, how = weights.get(cfg.retain_weight), dict(damping=cfg.damping, rank=cfg.rank, seed=cfg.seed)
     moving = parametrize(denoiser, retain, w_r, **how)
     state = PartialState(cpu=denoiser.device.type == "cpu")
     opt = torch.optim.Adam(moving.params, lr=cfg.lr, eps=1e-7)   # a gradient far below that is rounding
-    by_heart = any(r.copies for r in requests)
-    return Problem(denoiser, x_f, x_s, own, retain, moving, cfg, state, cond, by_heart), opt
+    return Problem(denoiser, x_f, x_s, own, retain, moving, cfg, state, cond, tuple(requests)), opt
 
 # %% ../nbs/11_unlearn.ipynb #f25228bf
 def retain_settings(cfg):
     "What `default_retain` is told of a `Config`."
     return dict(n=cfg.retain_images, near=cfg.near_images, pool=cfg.pool, steps=cfg.sampling_steps)
 
+# %% ../nbs/11_unlearn.ipynb #s3c0nd02
+SECOND_LOOK = .4   # of the steps are done when it is asked what has moved
+
+@torch.no_grad()
+def set_strength(parametrization, full, s):
+    "Bring the weights to the base and s times the change whose params are `full`."
+    for name, p, v in zip(parametrization.names, parametrization.params, full, strict=True):
+        p.copy_(v if ".lora_A." in name else s * v)   # of two factors one
+    parametrization.write_weights()
+
+def keep_too(problem, pool, positions):
+    "From now on the base's paths to these pictures of the pool must stay as well: a quarter of what is drawn."
+    form, kept = problem.parametrization, problem.retain
+    full = [p.detach().clone() for p in form.params]
+    set_strength(form, full, 0.)
+    kept.append((sum(share for share, _ in kept) / 3, pool.paths(positions)))
+    set_strength(form, full, 1.)
+
 # %% ../nbs/11_unlearn.ipynb #35d8684d
-def run(problem, opt, method, checkpoint, identity, watch):
+def run(problem, opt, method, checkpoint, identity, watch, describe):
     "The loop: gradient, step, log, checkpoint; returns the log."
     cfg, main = problem.cfg, problem.state.is_main_process
-    step_gradient = method(problem)
+    step_gradient, again = method(problem), max(1, round(SECOND_LOOK * cfg.steps))
+    pool = cfg.near_images and Pool(problem.denoiser, problem.requests, cfg.pool, cfg.sampling_steps, describe=describe)
     def save(step): save_checkpoint(checkpoint, identity, step, log, problem.parametrization, opt, step_gradient)
     first, log = 0, []
     if checkpoint: first, log = load_checkpoint(checkpoint, identity, problem.parametrization, opt, step_gradient)
+    if pool and first > again: keep_too(problem, pool, log[again - 1]["moved"])
     bar = tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not main)
     for step in bar:
+        if pool and step == again:
+            log[-1]["moved"] = pool.moved_most(cfg.near_images)
+            keep_too(problem, pool, log[-1]["moved"])
         gradients, seen = step_gradient(step, step_generator(cfg.seed, step))
         try: move(problem.parametrization, opt, gradients, step, cfg)
         except FloatingPointError:
@@ -250,20 +273,13 @@ def check(denoiser, requests, cfg, checkpoint=None):
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
 
 # %% ../nbs/11_unlearn.ipynb #5tr3ng02
-STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1.)
-MORE = (1.25, 1.5, 2.)   # for pictures learned by heart
+STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1., 1.1, 1.2)
+MORE = (1.4, 1.7, 2.)   # for pictures learned by heart
+ENOUGH = .9             # of the way from the forget image to the surrogate, which is F
 
 def tables(retain):
     "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
     return [retain] if isinstance(retain, States) else [part for _, inner in retain for part in tables(inner)]
-
-# %% ../nbs/11_unlearn.ipynb #5tr3ng04
-@torch.no_grad()
-def set_strength(parametrization, full, s):
-    "Bring the weights to the base and s times the change whose params are `full`."
-    for name, p, v in zip(parametrization.names, parametrization.params, full, strict=True):
-        p.copy_(v if ".lora_A." in name else s * v)   # of two factors one
-    parametrization.write_weights()
 
 # %% ../nbs/11_unlearn.ipynb #5tr3ng05
 @torch.no_grad()
@@ -272,16 +288,23 @@ def least_strength(problem, describe, moved=.2):
 
     describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths."""
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
-    steps, part = STRENGTHS + MORE * problem.by_heart, .75 if problem.by_heart else 1.
+    by_heart = any(r.copies for r in problem.requests)
+    steps, part = STRENGTHS + MORE * by_heart, .75 if by_heart else 1.
     full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
-    z = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
+    beside = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
+    z, cond = torch.cat([z, beside]), None if own.cond is None else own.cond.repeat(2)
     others = torch.cat([table.x0 for table in tables(problem.retain)])
-    bar, was = strangers(d.pixels(others), describe), describe(d.pixels(own.x0))
+    def seen(x):   # and mirrored, of a model without words: [1 or 2, N, D]
+        return torch.stack([describe(d.pixels(v)) for v in ((x,) if d.prompts else (x, x.flip(-1)))])
+    def alike(x): return (seen(x) * seen(own.x0).repeat(1, len(x) // len(own.x0), 1)).sum(-1).amax(0)
+    bar = strangers(d.pixels(others), describe)
+    on_path = (1 - ENOUGH * (1 - alike(own.x0 + own.shift))).clamp(max=bar)
+    most = torch.cat([on_path, torch.full_like(on_path, bar)])   # on the paths, and beside them
     def enough(s):
         set_strength(form, full, s)
-        now = from_noise(d, z, problem.cfg.sampling_steps, own.cond).x0
-        return (describe(d.pixels(now)) * was).sum(-1).quantile(part) <= bar
+        now = from_noise(d, z, problem.cfg.sampling_steps, cond).x0
+        return (alike(now) - most).quantile(part) <= 0
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
@@ -313,7 +336,7 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     saving = cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
-        log = run(problem, opt, method, checkpoint, identity, watch)
+        log = run(problem, opt, method, checkpoint, identity, watch, describe)
         if describe and problem.own: log[-1]["strength"] = least_strength(problem, describe)
         delta = problem.parametrization.delta()
     finally:
