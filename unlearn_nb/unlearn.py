@@ -275,7 +275,6 @@ def check(denoiser, requests, cfg, checkpoint=None):
 # %% ../nbs/11_unlearn.ipynb #5tr3ng02
 STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1., 1.1, 1.2)
 MORE = (1.4, 1.7, 2.)   # for pictures learned by heart
-ENOUGH = .9             # of the way from the forget image to the surrogate, which is F
 
 def tables(retain):
     "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
@@ -297,14 +296,11 @@ def least_strength(problem, describe, moved=.2):
     others = torch.cat([table.x0 for table in tables(problem.retain)])
     def seen(x):   # and mirrored, of a model without words: [1 or 2, N, D]
         return torch.stack([describe(d.pixels(v)) for v in ((x,) if d.prompts else (x, x.flip(-1)))])
-    def alike(x): return (seen(x) * seen(own.x0).repeat(1, len(x) // len(own.x0), 1)).sum(-1).amax(0)
-    bar = strangers(d.pixels(others), describe)
-    on_path = (1 - ENOUGH * (1 - alike(own.x0 + own.shift))).clamp(max=bar)
-    most = torch.cat([on_path, torch.full_like(on_path, bar)])   # on the paths, and beside them
+    bar, was = strangers(d.pixels(others), describe), seen(own.x0).repeat(1, 2, 1)
     def enough(s):
         set_strength(form, full, s)
         now = from_noise(d, z, problem.cfg.sampling_steps, cond).x0
-        return (alike(now) - most).quantile(part) <= 0
+        return (seen(now) * was).sum(-1).amax(0).quantile(part) <= bar
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
