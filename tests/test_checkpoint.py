@@ -33,14 +33,16 @@ def step_of(file):
     pytest.param("lora", "symmetric", marks=pytest.mark.slow), pytest.param("full", "vaccine", marks=pytest.mark.slow),
     pytest.param("free directions", "subspace", marks=pytest.mark.slow)])
 def test_gone_on_bit_for_bit(tmp_path, form, rule):
-    file, cfg, model = tmp_path / "run.safetensors", replace(LONG, surgery=rule, **FORMS[form]), setting()[0]
+    "With a second look in the middle, at step 5."
+    cfg = replace(LONG, surgery=rule, near_images=2, pool=6, **FORMS[form])
+    file, model = tmp_path / "run.safetensors", setting()[0]
     before = state_of(model)
     with pytest.raises(Stop): run(replace(cfg, surgery=stopping_at(11, rule)), checkpoint=file)
     assert step_of(file) == 10 and state_of(model) == before and len(list(tmp_path.iterdir())) == 1
     resumed, again = run(cfg, checkpoint=file), run(cfg, checkpoint=file)   # and one that has nothing left to do
     for other in (resumed, again):
         assert same(straight(cfg).delta, other.delta) and straight(cfg).receipt.log == other.receipt.log
-    assert step_of(file) == 12 and state_of(model) == before
+    assert step_of(file) == 12 and state_of(model) == before and len(resumed.receipt.log[4]["moved"]) == 2
 
 
 @pytest.mark.slow

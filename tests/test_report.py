@@ -196,9 +196,9 @@ def group(dB): return {"n": 9, "left_out": 0, "psnr_median": dB, "psnr_p5": dB -
 
 
 def numbers(after=0, chance=0., verdict="as if never learned", z=0., seed="a stranger", warnings=(), fall=0.,
-            dB=(30., 30.), rise=0., earlier=()):
+            dB=(30., 30.), rise=0., earlier=(), before="remembers"):
     "A report as far as the rule reads it."
-    row = {"t": 100, "verdict": verdict, "verdict_before": "remembers", "control_before": .9,
+    row = {"t": 100, "verdict": verdict, "verdict_before": before, "control_before": .9,
            "control_after": .9 - fall}
     return {"forget": {"reconstruction": [row], "strangers": .4, "same_seed": {"verdict": seed, "highest": .1}},
             "controls": {"n": 19}, "conspicuous": [{"t": 20, "z": 1.}, {"t": 50, "z": z}],
@@ -214,6 +214,8 @@ def fails(**kw): return [v["name"] for v in report.verdicts(numbers(**kw)) if v[
 
 def test_the_rule():
     assert fails() == fails(after=1, chance=.5) == fails(earlier=(.05, -.2)) == []
+    assert fails(verdict="blocked", before="blocked") == []   # the base's doing, not the hotfix's
+    assert fails(verdict="remembers", before="remembers")
     for kw, name in (({"after": 1}, "regeneration"), ({"after": 3, "chance": .2}, "regeneration"),
                      ({"verdict": "remembers"}, "remembers nowhere"), ({"verdict": "blocked"}, "blocked nowhere"),
                      ({"z": 3.1}, "conspicuous nowhere"), ({"z": -3.1}, "conspicuous nowhere"),

@@ -111,7 +111,8 @@ class Board:
 
 # %% ../nbs/workshop/leaderboard.ipynb #67490ee3
 # of `Config`, for all rows of the shipped board, where a setting does not say otherwise
-SHARED = dict(forget_batch=8, retain_batch=24, path_share=.5, t_min=0, weight="unit_eps", surgery="symmetric")
+SHARED = dict(forget_batch=8, retain_batch=24, near_images=0, path_share=.5, t_min=0, weight="unit_eps",
+              retain_weight="unit_v", surgery="symmetric")
 
 def split(setting, budget):
     "The `Config` of a setting, and what is left for the method."

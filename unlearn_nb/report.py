@@ -229,15 +229,20 @@ def recalled(denoiser, earlier, steps=25, describe=describe):
     return [back(r, denoiser.encode([r.image])) for r in earlier]
 
 # %% ../nbs/12_report.ipynb #15re0008
-def nowhere(word, comes):
-    "The rule that no row has this verdict, which means that so much comes back."
+def nowhere(word, comes, new=False):
+    """The rule that no row has this verdict, which means that so much comes back.
+
+    new: rows that had it before, of the base, do not count."""
     def at(rows, key):
-        return ", ".join(str(row["t"]) for row in rows if row[key] == word)
+        known = new and key == "verdict"
+        return ", ".join(str(row["t"]) for row in rows
+                         if row[key] == word and not (known and row["verdict_before"] == word))
     def rule(r):
         rows = [row for row in r["forget"]["reconstruction"] if row["verdict"]]
         if not rows: return None, "no controls"
         now, was = at(rows, "verdict"), at(rows, "verdict_before")
-        said = f"from t = {now} {comes}" if now else f"from no noise level {comes}"
+        further = "further " if new and was else ""
+        said = f"from t = {now} {comes}" if now else f"from no {further}noise level {comes}"
         before = f"from t = {was}" if was else "from none"
         return not now, f"{said} than of the {r['controls']['n']} controls (before: {before})"
     return rule
@@ -296,7 +301,7 @@ RULES = {   # name: (the question, a function report -> (does it hold? None: not
     "regeneration": ("do fresh seeds give the picture no oftener than chance?", regenerates),
     "remembers nowhere": ("does no more come back from noise than of pictures never made?",
                           nowhere("remembers", "more comes back")),
-    "blocked nowhere": ("does no less come back, either?", nowhere("blocked", "less comes back")),
+    "blocked nowhere": ("does no less come back, either, where it came before?", nowhere("blocked", "less comes back", new=True)),
     "conspicuous nowhere": ("is the picture denoised neither worse nor better than others?", stands_out),
     "seed": ("does its own seed give a stranger?", seed_gives),
     "surrogate": ("is the surrogate neither too near nor too far?", surrogate_fits),

@@ -42,7 +42,7 @@ class Config:
     # what is forgotten (06)
     path_share: float = 1.         # share of the forget batch on the model's own paths, where one is known
     mix_share: float = .5          # share of the forget batch that is moved some way to the surrogate
-    t_min: int = 200               # of those paths the timesteps from this on; a push below would make a hole
+    t_min: int = 300               # of those paths the timesteps from this on; a push below would make a hole
     t_max: int = 550               # the others are the forget image, noised to timesteps below this
     sampling: str = "low"          # how those are spread, a name of `SAMPLING`; low: more of them where it is low
     # what is kept (06)
