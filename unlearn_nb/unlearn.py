@@ -304,6 +304,7 @@ def least_strength(problem, describe, moved=.2):
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
+    if by_heart: low = min(low + 1, len(steps) - 1)   # for seeds that were not looked at
     set_strength(form, full, steps[low])
     return steps[low]
 
