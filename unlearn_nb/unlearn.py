@@ -79,8 +79,8 @@ PRESETS = {
                lr=3e-5, damping=0.),
     # a small flow with words, such as the built-in `flags`: whole weights in free directions, kept as a LoRA
     "flags": dict(steps=60, forget_batch=8, retain_batch=24, path_share=.5, t_min=0, weight="min_snr",
-                  retain_weight="unit_v", surgery="symmetric", lr=3e-3, rank=16, t_max=600, retain_images=50, near_images=0, pool=64,
-                  sampling_steps=12),
+                  retain_weight="unit_v", surgery="symmetric", lr=3e-3, rank=16, t_max=600, retain_images=50,
+                  near_images=0, pool=64, sampling_steps=12),
     # Stable Diffusion 3 in 16 or 24 GB, loaded in bfloat16; never run at that size, so untuned
     "sd3": dict(steps=120, rank=16, forget_batch=4, retain_batch=4, micro_batch=1, lr=1e-4, damping=0., t_max=1000,
                 sampling="logit_normal", retain_images=50, near_images=0, pool=16, sampling_steps=28,
