@@ -412,7 +412,7 @@ def test_two_processes_are_one(tmp_path, one_thread):
 
 def test_the_log_says_what_happened():
     for form in BOTH:
-        seen, cfg = [], replace(TINY, clip=1e-3, **form)
+        seen, cfg = [], replace(TINY, clip=1e-5, **form)
         def spy(g_f, g_r):
             seen.append(([g.clone() for g in g_f], [g.clone() for g in g_r]))
             return surgery.symmetric(g_f, g_r)

@@ -224,9 +224,10 @@ def millions(denoiser): return sum(w.numel() for w in denoiser.net.parameters())
 
 def asking(problem, requests):
     "The same run with other forget images; what moves, and what must stay, is the same."
-    d = problem.denoiser
+    d, cfg = problem.denoiser, problem.cfg
     x_f, x_s = (d.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
-    return replace(problem, x_f=x_f, x_s=x_s, own=own_paths(d, requests, x_s, problem.cfg.sampling_steps),
+    own = own_paths(d, requests, x_s, cfg.sampling_steps, cfg.t_min)
+    return replace(problem, x_f=x_f, x_s=x_s, own=own, requests=tuple(requests),
                    cond=d.prompt_ids(prompts_of(d, requests), len(requests)))
 
 # %% ../nbs/workshop/bench.ipynb #c47a8dad
