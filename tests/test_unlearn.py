@@ -303,7 +303,8 @@ def test_it_forgets_and_stays_forgotten():
     mark, x = fingerprint(model), model.sample([100, 7, 1003, 8], 10)
     images = model.decode(x)
     first, second = Request(images[0], images[1], 100), Request(images[2], images[3], 1003)
-    cfg = replace(TINY, steps=10, forget_batch=6, retain_batch=6, retain_images=4, sampling_steps=10, damping=0.)
+    cfg = replace(TINY, steps=10, forget_batch=6, retain_batch=6, retain_images=4, sampling_steps=10, damping=0.,
+                  path_share=.5, t_min=0)
     def away(k):   # from the surrogate of image k
         return (model.reconstruct(x[k:k + 1], 250, range(2), 5) - x[k + 1]).square().mean().item()
     before = away(0), away(2)
