@@ -196,7 +196,7 @@ def test_the_whole_path(page, lab, tmp_path):
 
     reader.tab("3 run")
     reader.changes(0, lambda: reader.press("weight", "ArrowLeft"))
-    assert kernel("view.studio.cfg.weight") == "'unit_v'"
+    assert kernel("view.studio.cfg.weight") == "'p2'"
     reader.click("run")
     reader.reads("step [1-9]")
     first = reader.said()
@@ -233,7 +233,7 @@ def test_the_whole_path(page, lab, tmp_path):
     reader.field("folder").fill("mine")
     reader.click("save")
     reader.reads("written to mine, which may be given away .* mine-private, which must be kept")
-    assert Hotfix.load(folder/"mine").card["config"]["weight"] == "unit_v"
+    assert Hotfix.load(folder/"mine").card["config"]["weight"] == "p2"
     with page.expect_download() as download: reader.out.get_by_text("download mine.zip").click()
     with zipfile.ZipFile(download.value.path()) as z: assert sorted(z.namelist()) == ["card.json", "hotfix.safetensors"]
     reader.click("apply")
