@@ -78,9 +78,9 @@ class Sums:
             O, C, *kernel = self.layers[name].weight.shape
             k = torch.Size(kernel).numel()
             sizes = dict(A=C, kernel=k, G=O)
-            means = [self.sums[name, kind].trace() / sizes[kind] if (name, kind) in self.sums else 0. for kind in "AG"]
             matrices = {kind: factor(name, kind, size) for kind, size in sizes.items()}
-            out[name] = Factors(**matrices, strength=float(means[0] * means[1]))
+            A, G = self.sums[name, "A"], self.sums.get((name, "G"), torch.zeros(O, O, device=device))
+            out[name] = Factors(**matrices, strength=(A.trace() / C * G.trace() / O).item())
         return out
 
 # %% ../nbs/09_directions.ipynb #60c776ac
@@ -151,5 +151,5 @@ def eigenbases(factors, damping=.01):
         l_patch = l_k[:, None] * l_A                                             # [k, C]
         reach = ((l_G[:, None, None] + damping) * (l_patch + damping)).rsqrt()   # [O, k, C]
         layer = ((f.strength / middle if f.strength else 1.) + damping) / (1 + damping)
-        bases[name] = Basis(U_G, U_k, U_A, reach / reach.max() * layer ** -.5 if layer else reach)
+        bases[name] = Basis(U_G, U_k, U_A, reach / reach.max() * layer ** -.5)
     return bases

@@ -35,8 +35,6 @@ ERRORS = (20, 50, 100, 200, 400)    # where the denoising error is looked at
 OTHERS = 600_000                    # first seed of the controls, where the model has no better ones
 QUICK, BACK = 8, 6                  # sampling steps of fresh seeds, of reconstructions
 
-
-
 # %% ../nbs/12_report.ipynb #15re0002
 @torch.no_grad()
 def rebuilt(denoiser, x, t, noises=range(4), steps=BACK, prompts=None):

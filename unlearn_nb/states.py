@@ -197,16 +197,15 @@ class Pool:
         self.denoiser, self.n, self.steps = denoiser, n, steps
         self.words = said(denoiser, [r.prompt for r in requests], n)
         self.x_f = denoiser.encode([r.image for r in requests]) if requests else None
-        self.x0 = self.pictures(cache)
+        made_from = f"{fingerprint(denoiser)} {n} {steps} {self.words} {denoiser.guidance}"
+        if made_from not in denoiser.pool: denoiser.pool = {made_from: self.pictures(cache)}
+        self.x0 = denoiser.pool[made_from]   # those of one model are made once
         self.copies = copies_among(denoiser, self.x0, requests, self.x0, describe)
 
     def pictures(self, cache=None):
-        "As the model makes them now; those that were made last with these weights are at hand."
-        d, steps = self.denoiser, min(5, self.steps)
-        made_from = f"{fingerprint(d)} {self.n} {steps} {self.words} {d.guidance}"
-        if made_from not in d.pool:
-            d.pool = {made_from: paths(d, range(NEAR, NEAR + self.n), steps, cache, self.words).x0}
-        return d.pool[made_from]
+        "As the model makes them now."
+        seeds, steps = range(NEAR, NEAR + self.n), min(5, self.steps)
+        return paths(self.denoiser, seeds, steps, cache, self.words).x0
 
     def nearest(self, n):
         "Positions [n] of those nearest to the forget images, an equal share for each; no copies."

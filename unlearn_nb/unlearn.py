@@ -52,7 +52,7 @@ class Config:
     sampling_steps: int = 25       # of each path
     # how the two meet
     weight: str = "abar"           # w(snr) of the forget loss, a name or a callable (07)
-    retain_weight: str = "unit_x0" # w(snr) of the retain loss
+    retain_weight: str = "unit_x0"  # w(snr) of the retain loss
     surgery: str = "vaccine"       # how the two gradients meet, a name or a callable (08)
     damping: float = .01           # of the free directions (09); 0: all directions alike
     rank: int = 0                  # 0: the change is kept whole; r: as a LoRA of rank r
@@ -126,7 +126,7 @@ class Problem:
     cfg: Config
     state: PartialState            # which of several processes this is
     cond: torch.Tensor | None = None   # [R] prompts, of a model with words
-    requests: tuple = ()
+    requests: tuple = ()           # what was asked for
 
     @property
     def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
