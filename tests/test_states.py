@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from unlearn_nb import states
 from unlearn_nb.copies import LEAST, copy_bars, is_copy, is_kin, nearest
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate,
+from unlearn_nb.states import (NEAR, SAMPLING, Pool, Request, States, default_retain, draw, forget_states, generate,
                                noised, noised_states, own_paths, still_forgotten)
 
 CLOSE = dict(atol=1e-5, rtol=1e-5)
@@ -294,6 +294,22 @@ def test_own_paths_lead_to_their_own_surrogates():
     assert_close(own.x0 + own.shift, torch.stack(goals), **CLOSE)
     assert_close(own.goal[[0, 2, 3, 4]], path.goal + own.shift[[0, 2, 3, 4], None], **CLOSE)   # its beliefs, moved
     assert_close(own.x0[5], model.encode([requests[2].image])[0], atol=.15, rtol=0)   # found again
+
+
+def test_the_pool_tells_what_a_change_moves_most():
+    "Of the pictures made with these weights; copies never count; and the next run finds the pool of the base again."
+    model = tiny()
+    pool = Pool(model, [request_of(model)], 12, 4)
+    pool.copies = torch.arange(12) == 3
+    kept = [w.detach().clone() for w in model.net.parameters()]
+    with torch.no_grad(): model.net.conv_out.bias.add_(.3)
+    far = (model.sample(range(NEAR, NEAR + 12), 4) - pool.x0).square().mean((1, 2, 3))
+    far[3] = -1.
+    assert pool.moved_most(4) == sorted(far.topk(4).indices.tolist()) and 3 not in pool.moved_most(12)
+    with torch.no_grad():
+        for w, v in zip(model.net.parameters(), kept): w.copy_(v)
+    assert Pool(model, [request_of(model)], 12, 4).x0 is pool.x0
+    assert torch.equal(pool.paths([2]).x_t[:, 0], generate(model, [NEAR + 2], 4).x_t[:, 0])
 
 
 def test_the_beliefs_moved_lead_to_the_surrogate():
