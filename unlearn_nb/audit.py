@@ -23,7 +23,7 @@ from .denoiser import Denoiser, max_batch
 from .figures import BASE, EDITED, FORGET, RETAIN, Table, to_image
 from .hotfix import Hotfix, picture_sha256
 from .metrics import denoising_error, describe, psnr, similarity
-from .report import rebuilt
+from .report import OTHERS, rebuilt
 from .schedule import generators, randn, step_generator
 from .weights import unit_v, x0_loss
 
@@ -83,11 +83,9 @@ NEEDS = {
 }
 
 # %% ../nbs/13_audit.ipynb #dd9233af
-FIRST = 600_000   # seeds of the controls
-
 def made(denoiser, a, b, steps, prompt=None):
-    "The model's own pictures of seeds FIRST + a ... FIRST + b - 1, in 8 bits as a file has them."
-    x = denoiser.sample(range(FIRST + a, FIRST + b), steps, prompt=prompt)
+    "The model's own pictures of seeds OTHERS + a ... OTHERS + b - 1, in 8 bits as a file has them."
+    x = denoiser.sample(range(OTHERS + a, OTHERS + b), steps, prompt=prompt)
     return denoiser.encode(denoiser.decode(x))
 
 def kin(w, t, pictures, m):
@@ -100,10 +98,10 @@ CONTROLS = {   # (world, target, pictures, m) -> a `Target` of m; pictures(a, b)
     "pictures": lambda w, t, pictures, m: Target(pictures(0, m), None, t.prompt),
     "candidates": lambda w, t, pictures, m: Target(pictures(100, 100 + m), None, t.prompt),
     "pairs": lambda w, t, pictures, m: Target(
-        pictures(0, m), tuple(range(FIRST, FIRST + m)) if t.seeds else None, t.prompt),
-    "requests": lambda w, t, pictures, m: Target(pictures(0, m), tuple(range(FIRST, FIRST + m))),
+        pictures(0, m), tuple(range(OTHERS, OTHERS + m)) if t.seeds else None, t.prompt),
+    "requests": lambda w, t, pictures, m: Target(pictures(0, m), tuple(range(OTHERS, OTHERS + m))),
     "seeds": lambda w, t, pictures, m: replace(
-        t, x=t.x.expand(m, -1, -1, -1), seeds=tuple(range(FIRST, FIRST + m))),
+        t, x=t.x.expand(m, -1, -1, -1), seeds=tuple(range(OTHERS, OTHERS + m))),
     "kin": kin,
 }
 
