@@ -23,7 +23,7 @@ from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.metrics import bits_per_dim, denoising_error, psnr, reconstruction_curve, similarity
 from unlearn_nb.report import evaluate, figure, table
 from unlearn_nb.schedule import generators, randn
-from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate,
+from unlearn_nb.states import (SAMPLING, Request, States, default_retain, draw, forget_states, generate, paths,
                                noised, own_paths, steer)
 from unlearn_nb.unlearn import PRESETS, Config, retain_settings, unlearn
 from unlearn_nb.words import TextDenoiser
@@ -287,6 +287,17 @@ def test_factors_of_a_model_with_words_reach_every_layer_that_runs(kind):
     kinds = torch.nn.Linear, torch.nn.Conv2d
     layers = {f'{k}.weight' for k, m in d.net.named_modules() if isinstance(m, kinds)}
     assert bases.keys() <= layers and len(bases) > .8*len(layers)
+
+
+def test_paths_from_a_file_have_the_words_of_the_denoiser_that_reads_them(tmp_path):
+    "Two denoisers may number the same prompts otherwise."
+    answers = []
+    for known in ('abc', 'b', 'c', 'x'), ('c', 'x', 'b'):
+        d = toy()
+        d.prompt_ids([*known], len(known))
+        states = paths(d, range(2), 2, tmp_path, ['b', 'c'])
+        with torch.no_grad(): answers.append(d(states.x_t[:, 0], states.timesteps[:1].expand(2), states.cond))
+    assert len([*tmp_path.iterdir()]) == 1 and torch.equal(*answers)
 
 
 def test_default_retain_has_the_words_of_the_request_and_others(sd3, tmp_path):

@@ -156,11 +156,12 @@ def paths(denoiser, seeds, steps, cache=None, prompts=None):
     made_from = f"{fingerprint(denoiser)} {list(seeds)} {steps} {prompts} {denoiser.guidance}"
     file = Path(cache) / f"states-{hashlib.sha256(made_from.encode()).hexdigest()[:16]}.safetensors"
     def place(name, v): return v if name in ("x_t", "goal", "uncond") else v.to(denoiser.device)
-    try: return States(**{k: place(k, v) for k, v in load(file.read_bytes()).items()})
+    cond = denoiser.prompt_ids(prompts, len(seeds))   # not kept: another denoiser may number its prompts otherwise
+    try: return States(**{k: place(k, v) for k, v in load(file.read_bytes()).items()}, cond=cond)
     except (OSError, SafetensorError, TypeError):   # none there, or damaged
         states = generate(denoiser, seeds, steps, prompt=prompts)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write(file, save({k: v.cpu().contiguous() for k, v in vars(states).items() if v is not None}))
+    write(file, save({k: v.cpu().contiguous() for k, v in vars(states).items() if k != "cond" and v is not None}))
     return states
 
 # %% ../nbs/06_states.ipynb #16595f31
