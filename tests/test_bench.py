@@ -20,7 +20,7 @@ from unlearn_nb.words import TextDenoiser
 from unlearn_nb.zoo import prompt_encoder
 
 SMALL = replace(TINY, retain_batch=6)
-SD3_SMALL = Config(**PRESETS["sd3"])
+SD3_SMALL = Config(**PRESETS["transformer"])
 
 
 def with_words():

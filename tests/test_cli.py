@@ -258,7 +258,7 @@ def test_the_built_in_flags(tmp_path, capsys):
     out, err = capsys.readouterr()
     card = read(tmp_path/"fix/card.json")
     assert "written to" in out and "descriptor" not in err and card["base"]["id"] == "flags"
-    assert card["config"]["rank"] == PRESETS["flags"]["rank"] and request_in(tmp_path/"fix").prompt == prompt
+    assert card["config"]["rank"] == PRESETS["transformer"]["rank"] and request_in(tmp_path/"fix").prompt == prompt
     assert all(k.startswith("transformer.") for k in load_file(tmp_path/"fix/hotfix.safetensors"))
 
 
@@ -463,14 +463,14 @@ def test_help_of_every_command(capsys):
 
 
 def test_help_names_the_defaults_of_config(capsys):
-    cfg, flags = Config(), PRESETS["flags"]
+    cfg, words = Config(), PRESETS["unet"]
     for command in ("demo", "forget"):
         run(command, "--help")
         out = " ".join(capsys.readouterr().out.split())
         assert f"Updates of the weights. [default: ({cfg.steps}" in out
-    assert f"({cfg.steps}; for 'flags' {flags['steps']}, for large models {PRESETS['t4']['steps']})" in out
-    assert f"({cfg.rank}; for 'flags' and Stable Diffusion 3 {flags['rank']})" in out
-    assert PRESETS["sd3"]["rank"] == flags["rank"] and PRESETS["sd3"]["steps"] == PRESETS["t4"]["steps"]
+    for name in ("steps", "rank"):
+        assert f"({getattr(cfg, name)}; of a model with words {words[name]})" in out
+        assert PRESETS["transformer"][name] == words[name] and name not in PRESETS["pixels"]
 
 
 def test_python_m_is_the_command():

@@ -435,14 +435,16 @@ def test_a_retain_gradient_of_zero_has_no_ratio():
     assert row["ratio"] is None and row["cosine"] == row["retain"] == 0
 
 
-def test_the_preset_fits_the_model():
-    def sized(n, schedule=None):
-        net = SimpleNamespace(parameters=lambda: [torch.empty(n, device="meta")])
-        return SimpleNamespace(schedule=schedule, net=net)
-    sizes = {"faces": (2_115_451, None), "t4": (113_673_219, None), "sd3": (2_028_328_000, Flow(1000)),
-             "flags": (9_000, Flow(1000))}
-    assert sizes.keys() == PRESETS.keys()
-    for name, size in sizes.items(): assert Config.of(sized(*size), steps=7) == Config(**PRESETS[name] | {"steps": 7})
+def test_the_preset_goes_by_family_and_the_pieces_by_size():
+    def sized(side, words=False, schedule=None, dtype=torch.float32):
+        return SimpleNamespace(schedule=schedule, prompts={"": 0} if words else {}, shape=(4, side, side), dtype=dtype)
+    for name, model, pieces in (("pixels", sized(32), 32), ("pixels", sized(256), 2), ("unet", sized(64, True), 4),
+                                ("transformer", sized(16, True, Flow(1000)), 32),
+                                ("transformer", sized(128, True, Flow(1000), torch.bfloat16), 1)):
+        size = dict(micro_batch=pieces, gradient_checkpointing=pieces < 32,
+                    precision="bf16" if model.dtype == torch.bfloat16 else "fp32")
+        assert Config.of(model, steps=7) == Config(**PRESETS[name] | size | {"steps": 7}), name
+    assert {*PRESETS} == {"pixels", "unet", "transformer"}
 
 
 # --- refused ---

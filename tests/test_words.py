@@ -32,7 +32,7 @@ from unlearn_nb.zoo import PIPELINES, load, prompt_encoder
 KINDS = [('sd3',), ('sd', 'epsilon'), ('sd', 'v_prediction'), ('sdxl', 'epsilon')]
 SMALL = Config(steps=6, forget_batch=4, retain_batch=6, retain_images=3, near_images=2, pool=4, sampling_steps=5,
                damping=.01, weight='min_snr')
-SD3 = Config(**PRESETS['sd3'] | dict(steps=2, retain_images=2, sampling_steps=3, lr=1e-2))
+SD3 = Config(**PRESETS['transformer'] | dict(steps=2, retain_images=2, sampling_steps=3, lr=1e-2))
 slow = pytest.mark.slow
 
 

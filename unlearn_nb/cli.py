@@ -263,9 +263,9 @@ def demo(seed, out, steps):
 @option("--out", kind=FOLDER, required=True, unit="FOLDER", what=OUT)
 @option("--keep", multiple=True, unit="WORDS", show_default="of no words; for 'flags', of every flag",
         what="Pictures of these words must stay, beside those of --prompt. May be given several times.")
-@option("--steps", kind=COUNT, unit="N", show_default="50; for 'flags' 60, for large models 120",
+@option("--steps", kind=COUNT, unit="N", show_default="50; of a model with words 60",
         what="Updates of the weights.")
-@option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; for 'flags' and Stable Diffusion 3 16",
+@option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; of a model with words 16",
         what="Write a LoRA of this rank; 0: whole weights.")
 @option("--hotfix", "folders", kind=FOLDER, multiple=True, unit="FOLDER",
         what="Go on from the model with this hotfix; what its receipt (FOLDER-private) holds stays forgotten. "

@@ -80,7 +80,8 @@ class Lora(Full):
         factors = {k: w for k, w in denoiser.net.named_parameters() if ".lora_" in k}
         for w in factors.values(): w.data = w.data.float()
         part = PARTS.get(type(denoiser.net).__name__, "")
-        self.names, self.weights, self.base = [part + k for k in factors], list(factors.values()), [0.] * len(factors)
+        self.names, self.weights = [part + k for k in factors], [*factors.values()]
+        self.base = [torch.zeros((), device=denoiser.device) for _ in factors]
         thin = {f"{k.removesuffix('weight')}lora_{side}.hotfix.weight": half
                 for k, basis in bases.items() for side, half in zip("BA", halves(basis, rank))}
         self.bases = [thin.get(k) for k in factors]

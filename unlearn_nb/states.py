@@ -168,6 +168,14 @@ def paths(denoiser, seeds, steps, cache=None, prompts=None):
 # first seeds of what must stay: of any pictures, of the pool for near ones, of other prompts
 ANY, NEAR, OTHER = 100_000, 200_000, 300_000
 
+def parts_of(retain):
+    "The `States` in what must stay, which may be a list of (share, `States`), and so on inwards."
+    return [retain] if isinstance(retain, States) else [part for _, inner in retain for part in parts_of(inner)]
+
+def prompts_among(retain):
+    "The numbers of the prompts in what must stay, of a model with words."
+    return [k for part in parts_of(retain) if part.cond is not None for k in part.cond.tolist()]
+
 def said(denoiser, prompts, n):
     "The next of the prompts for each of n pictures; None of a model without words."
     return [prompts[k % len(prompts)] for k in range(n)] if denoiser.prompts else None
@@ -192,11 +200,15 @@ def without_copies(denoiser, states, requests, pool, describe=None):
 class Pool:
     """The pictures x0 [n, C, H, W] of n further seeds, from NEAR on, in 5 steps of sampling.
 
-    The prompts are those of the requests. `copies` [n]: which of them are a forget image again."""
+    Their prompts are those of the requests, in turn with others that are among the numbers `cond`.
+    `copies` [n]: which of them are a forget image again."""
 
-    def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None):
+    def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None, cond=()):
         self.denoiser, self.n, self.steps = denoiser, n, steps
-        self.words = said(denoiser, [r.prompt for r in requests], n)
+        asked, known = [r.prompt for r in requests], [*denoiser.prompts]
+        others = [known[k] for k in sorted(set(cond)) if known[k] not in asked]
+        turns = zip(asked * len(others), others * len(asked))
+        self.words = said(denoiser, [prompt for pair in turns for prompt in pair] or asked, n)
         self.x_f = denoiser.encode([r.image for r in requests]) if requests else None
         made_from = f"{fingerprint(denoiser)} {n} {steps} {self.words} {denoiser.guidance}"
         if made_from not in denoiser.pool: denoiser.pool = {made_from: self.pictures(cache)}
@@ -240,7 +252,7 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
     if denoiser.prompts: tables.append((2, from_seed(OTHER, prompts)))
     x0 = tables[0][1].x0
     if near:
-        further = Pool(denoiser, requests, pool, steps, cache, describe)
+        further = Pool(denoiser, requests, pool, steps, cache, describe, prompts_among(tables))
         x0 = further.x0
         tables.append((1, further.paths(further.nearest(near))))
     return [(share, without_copies(denoiser, table, requests, x0, describe)) for share, table in tables]
