@@ -167,8 +167,8 @@ def test_an_earlier_request_is_read_and_not_made_again(model, tmp_path, monkeypa
 def two(model, tmp_path_factory):
     "The folder of two hotfixes, `one` and `other`, with their receipts; nothing in them but their cards is true."
     home, d = tmp_path_factory.mktemp("two"), zoo.load(str(model))
-    delta = {"conv_in.bias": torch.zeros(d.net.conv_in.bias.shape).half()}
     for name, seed in (("one", 5), ("other", 6)):
+        delta = {"conv_in.bias": torch.full(d.net.conv_in.bias.shape, seed / 2 ** 12).half()}
         request = Request(d.decode(d.sample([seed], 3))[0], Image.new("RGB", (8, 8)), seed, None, 3)
         Hotfix(delta, *card(d, [request], SimpleNamespace(steps=0), [], 0., tiny)).save(home/name)
     return home
@@ -186,6 +186,22 @@ def test_verify_says_which_request_a_hotfix_answers(two, model, tmp_path, capsys
     shutil.copytree(two/"one-private", tmp_path/"hurt")
     shutil.copy(two/"other-private"/"forget_1.png", tmp_path/"hurt"/"forget_1.png")
     assert "not the picture" in fails(capsys, "verify", two/"one", tmp_path/"hurt")
+
+
+def test_merge_makes_one_of_two(two, tmp_path, capsys):
+    run("merge", two/"one", two/"other", "--out", tmp_path/"both")
+    assert "2 hotfixes as one, 2 commitments in all" in capsys.readouterr().out
+    run("verify", tmp_path/"both", tmp_path/"both-private")
+    assert capsys.readouterr().out.count("matches") == 2
+    assert Hotfix.load(tmp_path/"both").card["merged"] == [Hotfix.load(two/name).id for name in ("one", "other")]
+    shutil.copytree(two/"one", tmp_path/"lone")
+    merge = "merge", tmp_path/"lone", two/"other", "--out", tmp_path/"again"
+    assert "needs the receipts of all" in fails(capsys, *merge)
+    assert "exists" in fails(capsys, *merge[:4], tmp_path/"both")
+    assert "two hotfixes or more" in fails(capsys, "merge", two/"one", "--out", tmp_path/"again")
+    assert names(tmp_path) == ["both", "both-private", "lone"]
+    run(*merge, "--receipt", two/"one-private")
+    assert names(tmp_path) == ["again", "again-private", "both", "both-private", "lone"]
 
 
 def test_audit_fills_both_reports(two, tmp_path, capsys, monkeypatch):

@@ -28,7 +28,7 @@ from test_files import base
 from unlearn_nb import hotfix as module
 from unlearn_nb.files import fingerprint
 from unlearn_nb.figures import png_bytes
-from unlearn_nb.hotfix import (PARTS, Hotfix, card, change, changed, commitment, name_of, picture_sha256,
+from unlearn_nb.hotfix import (PARTS, Hotfix, card, change, changed, commitment, merge, name_of, picture_sha256,
                                private_folder, read_receipt, verify)
 from unlearn_nb.states import Request
 from unlearn_nb.surgery import symmetric, vaccine
@@ -195,6 +195,47 @@ def test_several_are_the_sum_of_their_changes():
         changes = [change(fix.delta, k) for fix in fixes if k in changed(fix.delta)]
         if changes: assert_close(weights(d)[k], v + sum(changes), atol=1e-5, rtol=1e-5)
         else: assert torch.equal(weights(d)[k], v)
+
+
+@pytest.mark.parametrize('picked', [(3, 4, 5), (0, 1, 2), (1, 3)], ids=['low rank', 'whole', 'both'])
+def test_merged_is_the_stack(picked):
+    "One change, one receipt that opens one commitment a request, and the weights of the stack up to the last bits."
+    d, fixes = base(), []
+    for n, k in enumerate(picked):
+        asked = Request(*(Image.new('RGB', (8, 8), (n, j, 0)) for j in (0, 1)), seed=n)
+        told = card(d, [asked], SimpleNamespace(steps=3, sampling_steps=4), [{'forget': n}], 1.5, hotfix)
+        fixes.append(Hotfix(pool(torch.float32)[k].delta, *told))
+        fixes[-1].card['on'] = [fix.id for fix in fixes[:-1]]
+    one, mark = merge(fixes), fingerprint(d)
+    thin = picked == (3, 4, 5)
+    assert all(('.lora_' in k) == thin and v.dtype == (torch.float16 if thin else torch.float32)
+               for k, v in one.delta.items())
+    assert one.card['on'] == [] and one.card['merged'] == [fix.id for fix in fixes]
+    assert verify(one, one.receipt) == [True] * len(picked) and one.card['cost']['seconds'] == 1.5 * len(picked)
+    assert [r.seed for r in one.receipt.requests] == [*range(len(picked))] and len(one.receipt.log) == len(picked)
+    assert not any(all(verify(one, fix.receipt)) for fix in fixes)
+    one.apply(d)
+    for k, v in stacked(torch.float32, fixes).items():
+        assert_close(weights(d)[k], v, rtol=1e-6, atol=1e-6 * v.abs().max().item())
+    one.remove(d)
+    assert fingerprint(d) == mark
+
+
+def test_what_cannot_be_merged_is_refused():
+    d, (a, b) = base(), pool(torch.float32)[:2]
+    def told(delta, **more):
+        fix = Hotfix(delta, *card(d, [], SimpleNamespace(steps=1), [], 0., hotfix))
+        fix.card |= more
+        return fix
+    one, two, mute = told(a.delta), told(b.delta), told(b.delta)
+    mute.receipt = None
+    refused(lambda: merge([one]), 'two hotfixes or more')
+    refused(lambda: merge([one, told(a.delta)]), 'twice')
+    refused(lambda: merge([one, mute]), 'receipt is missing')
+    refused(lambda: merge([one, told(b.delta, on=['f' * 64])]), 'f' * 12, 'does not stand before it')
+    refused(lambda: merge([told(b.delta, on=[one.id]), one]), one.id[:12], 'in the order')
+    refused(lambda: merge([one, told(b.delta, base=one.card['base'] | {'sha256': '0' * 64})]), 'two bases', '0' * 12)
+    assert merge([one, told(b.delta, on=[one.id])]).card['requests'] == []
 
 
 # --- low rank ---

@@ -28,6 +28,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from . import __version__, surgery, weights
 from .denoiser import Denoiser
 from .figures import Table
+from .directions import Basis, layers_of
 from .parametrization import Lora
 from .schedule import generators, step_generator
 from .states import Request, generate, own_paths, prompts_of, steer
@@ -415,6 +416,11 @@ def learning(d, form, cfg, states):
     return found
 
 # %% ../nbs/workshop/bench.ipynb #bcount01
+def numberless(d):
+    "A `Basis` without numbers for each layer that has free directions, on the meta device."
+    def basis(O, C, k): return Basis(*(torch.empty(*size, device="meta") for size in ((O, O), (k, k), (C, C), (O, k, C))))
+    return {name: basis(*m.weight.shape[:2], m.weight[0, 0].numel()) for name, m in layers_of(d.net).items()}
+
 def count(plan, cfg, side, at_a_time=16):
     """What a step takes for a net of that plan, at side x side pixels: operations, and bytes beyond the weights.
 
@@ -427,12 +433,13 @@ def count(plan, cfg, side, at_a_time=16):
     def sample(): d(*(v for k, v in enumerate(batch(at_a_time)) if k != 2))
     size = nbytes([*d.net.parameters(), *d.net.buffers()])
     with as_on_cuda(): sampling, sampling_peak = both(sample)
-    form = Lora(d, cfg.rank, cfg.seed)
+    form = Lora(d, cfg.rank, cfg.seed, numberless(d))
     with as_on_cuda(): steering, steering_peak = both(lambda: steer(d, *batch(n)))
     passes, lora = learning(d, form, cfg, batch(m)), 4 * sum(p.numel() for p in form.params)
+    directions = nbytes(x for B in form.bases for x in vars(B).values())
     step = {k: steering + (n + cfg.retain_batch) * ops / m for k, (ops, _) in passes.items()}
-    return {"weights": size, "lora": lora, "adam": 2 * lora, "gradients": 3 * lora, "forward": sampling / at_a_time,
-            "sampling_peak": sampling_peak, "steering_peak": steering_peak, "step": step,
+    return {"weights": size, "lora": lora, "adam": 2 * lora, "gradients": 3 * lora, "directions": directions,
+            "forward": sampling / at_a_time, "sampling_peak": sampling_peak, "steering_peak": steering_peak, "step": step,
             "learning": {k: ops / m for k, (ops, _) in passes.items()},
             "peak": {k: held for k, (_, held) in passes.items()}}
 

@@ -288,14 +288,13 @@ def least_strength(problem, describe, moved=.2):
     full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
     beside = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
-    z, cond = torch.cat([z, beside]), None if own.cond is None else own.cond.repeat(2)
+    z = torch.cat([z, beside])
     others = torch.cat([table.x0 for table in parts_of(problem.retain)])
-    def seen(x):   # and mirrored, of a model without words: [1 or 2, N, D]
-        return torch.stack([describe(d.pixels(v)) for v in ((x,) if d.prompts else (x, x.flip(-1)))])
+    def seen(x): return torch.stack([describe(d.pixels(v)) for v in (x, x.flip(-1))])   # [2, N, D]
     bar, was = strangers(d.pixels(others), describe), seen(own.x0).repeat(1, 2, 1)
     def enough(s):
         set_strength(form, full, s)
-        now = from_noise(d, z, problem.cfg.sampling_steps, cond).x0
+        now = from_noise(d, z, problem.cfg.sampling_steps).x0
         return (seen(now) * was).sum(-1).amax(0).quantile(part) <= bar
     while low < high:
         middle = (low + high) // 2
@@ -330,7 +329,8 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
         log = run(problem, opt, method, checkpoint, identity, watch, describe)
-        if describe and problem.own: log[-1]["strength"] = least_strength(problem, describe)
+        if describe and problem.own and not denoiser.prompts:   # with words the surrogate itself is what is wanted
+            log[-1]["strength"] = least_strength(problem, describe)
         delta = problem.parametrization.delta()
     finally:
         problem.parametrization.restore()
