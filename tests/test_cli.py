@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from small_pipelines import pipeline
 from test_hotfix import noisy, secrets_of
+from test_train import ONE_MACHINE
 from test_unlearn import tiny
 from unlearn_nb import zoo
 from unlearn_nb.cli import cli, main, new_folders, sentence
@@ -463,6 +464,26 @@ def test_a_full_disk_is_a_sentence(tmp_path, capsys, monkeypatch):
 
 
 # --- help ---
+
+@pytest.mark.slow
+def test_two_processes_write_one_hotfix(model, tmp_path):
+    "As `accelerate launch -m unlearn_nb` starts them: one voice, one pair of folders, nearly the change of one process."
+    def launched(out):
+        launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, *ONE_MACHINE]
+        command = ["-m", "unlearn_nb", "forget", "--model", model, "--seed", 5, "--steps", 3, "--out", out]
+        done = subprocess.run([sys.executable, "-m", *map(str, launch + command)], capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+    code, out, err = launched(tmp_path/"two")
+    assert code == 0 and out.count("3/4  unlearn") == 1 and out.count("to keep: written to") == 1, err
+    run("forget", "--model", model, "--seed", 5, "--steps", 3, "--out", tmp_path/"one")
+    assert names(tmp_path/"two") == names(tmp_path/"one") == PUBLIC and names(tmp_path) == [
+        "one", "one-private", "two", "two-private"]
+    one, two = (Hotfix.load(tmp_path/name).delta for name in ("one", "two"))
+    far = sum((one[k].float() - two[k].float()).square().sum() for k in one) ** .5
+    assert far < .05 * sum(v.float().square().sum() for v in one.values()) ** .5
+    code, out, err = launched(tmp_path/"two")
+    assert code and err.count("exists and is not an empty folder") == 1
+
 
 def test_help_of_every_command(capsys):
     "It says what the command does in a line of the list, and ends with an example that the command understands."

@@ -10,7 +10,7 @@ __all__ = ['two_folders', 'new_folders', 'parse_seeds', 'forget_one', 'cli', 'de
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import click
@@ -120,7 +120,17 @@ def parse_seeds(text):
     return seeds
 
 # %% ../nbs/workshop/cli.ipynb #4cf4c131
-def note(text): click.echo(f"note: {text}", err=True)
+FIRST = os.environ.get("RANK", "0") == "0"   # of several processes, as `accelerate launch` starts them, this one speaks
+
+def note(text):
+    if FIRST: click.echo(f"note: {text}", err=True)
+
+def join_processes():
+    "Wait for the other processes of this run, if there are any, and take this one's GPU."
+    if "RANK" not in os.environ: return
+    import torch
+    from accelerate import PartialState
+    PartialState(cpu=not torch.cuda.is_available())
 
 def receipt_of(fix, folder, given):
     "The `Receipt` of a hotfix: of those given, or else the one beside its folder; None if there is none."
@@ -205,21 +215,23 @@ def forget_one(model, seed=None, image=None, surrogate=None, steps=None, out="un
     from unlearn_nb.states import default_retain
     from unlearn_nb.unlearn import Config, retain_settings, unlearn
     from unlearn_nb.zoo import companions
-    places = two_folders(out)
+    places, say = two_folders(out), click.echo if FIRST else lambda text: None
     check_outside("--checkpoint", checkpoint, places), check_outside("--cache", cache, places)
-    with new_folders(out) as folder:
+    join_processes()
+    with new_folders(out) if FIRST else nullcontext() as folder:
         denoiser, earlier = with_hotfixes(model, folders, receipts)
         denoiser.prompt_ids(prompt, 1)   # refuses a prompt that is missing, or of no use
         cfg = Config.of(denoiser, **{k: v for k, v in (("rank", rank), ("steps", steps)) if v is not None})
-        click.echo(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
+        say(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
         describe, prompts = descriptor(denoiser), keep or companions(denoiser).prompts
         request = request_of(denoiser, cfg, describe, seed, image, surrogate, prompt)
-        click.echo(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
+        say(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
         others = default_retain(denoiser, [request], **retain_settings(cfg), cache=cache, prompts=prompts,
                                 describe=describe)
-        click.echo("3/4  unlearn")
+        say("3/4  unlearn")
         hotfix = unlearn(denoiser, [request], others, cfg, earlier=earlier, checkpoint=checkpoint, describe=describe)
-        click.echo("4/4  before and after")
+        if not FIRST: return   # the first process judges and writes
+        say("4/4  before and after")
         reference = others[bool(denoiser.prompts)][1].x0   # as the panel: in no words of the request
         evidence, before, after = report.evaluate(
             denoiser, hotfix, [request], reference, earlier, describe=describe, never=companions(denoiser).never,
@@ -561,5 +573,5 @@ def main(args=None):
     try: return cli(args, prog_name="unlearn_nb", standalone_mode=False)
     except (click.Abort, click.ClickException, ValueError, OSError, FloatingPointError) as e:
         message, code = sentence(e)
-    click.echo(f"unlearn_nb: {message}", err=True)
+    if FIRST: click.echo(f"unlearn_nb: {message}", err=True)
     raise SystemExit(code)

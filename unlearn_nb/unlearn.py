@@ -9,7 +9,7 @@ __all__ = ['WORDS', 'PRESETS', 'PRECISIONS', 'Config', 'autocast', 'gradient', '
 # %% ../nbs/11_unlearn.ipynb #f5a8d698
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import cos, pi, sqrt
 from pathlib import Path
 
@@ -72,6 +72,9 @@ class Config:
         fits = dict(micro_batch=few, gradient_checkpointing=few < 32, precision=half)
         return cls(**PRESETS["transformer" if flow else "unet" if words else "pixels"] | fits | kw)
 
+    def many(self, n):
+        "The same for n requests in one run: sqrt(n) times as many steps and near pictures."
+        return replace(self, steps=round(self.steps * sqrt(n)), near_images=round(self.near_images * sqrt(n)))
 
 # %% ../nbs/11_unlearn.ipynb #2ed5005b
 WORDS = dict(steps=60, forget_batch=8, retain_batch=36, t_min=0, weight="unit_x0", lr=1e-2, rank=16, retain_images=50,
