@@ -418,7 +418,8 @@ def learning(d, form, cfg, states):
 # %% ../nbs/workshop/bench.ipynb #bcount01
 def numberless(d):
     "A `Basis` without numbers for each layer that has free directions, on the meta device."
-    def basis(O, C, k): return Basis(*(torch.empty(*size, device="meta") for size in ((O, O), (k, k), (C, C), (O, k, C))))
+    def basis(O, C, k):
+        return Basis(*(torch.empty(*size, device="meta") for size in ((O, O), (k, k), (C, C), (O, k, C))))
     return {name: basis(*m.weight.shape[:2], m.weight[0, 0].numel()) for name, m in layers_of(d.net).items()}
 
 def count(plan, cfg, side, at_a_time=16):
@@ -439,7 +440,8 @@ def count(plan, cfg, side, at_a_time=16):
     directions = nbytes(x for B in form.bases for x in vars(B).values())
     step = {k: steering + (n + cfg.retain_batch) * ops / m for k, (ops, _) in passes.items()}
     return {"weights": size, "lora": lora, "adam": 2 * lora, "gradients": 3 * lora, "directions": directions,
-            "forward": sampling / at_a_time, "sampling_peak": sampling_peak, "steering_peak": steering_peak, "step": step,
+            "forward": sampling / at_a_time, "step": step,
+            "sampling_peak": sampling_peak, "steering_peak": steering_peak,
             "learning": {k: ops / m for k, (ops, _) in passes.items()},
             "peak": {k: held for k, (_, held) in passes.items()}}
 

@@ -143,6 +143,7 @@ def receipt_of(fix, folder, given):
     raise ValueError(f"the receipt in {str(beside)!r} is not that of the hotfix {str(folder)!r}; "
                      "give the right one with --receipt, or move this one away")
 
+# %% ../nbs/workshop/cli.ipynb #cliread1
 def read_hotfixes(folders, receipts):
     "(hotfixes of the folders, the receipt of each or None); all that is given with --receipt must belong to one."
     from unlearn_nb.hotfix import Hotfix, read_receipt
@@ -430,7 +431,6 @@ def merge(folders, receipts, out):
     with new_folders(out) as folder: one.save(folder)
     click.echo(f"{len(fixes)} hotfixes as one, {len(one.card['requests'])} commitments in all")
     say_which(*places)
-
 
 # %% ../nbs/workshop/cli.ipynb #11531079
 @cli.command(epilog="Example: unlearn_nb sample --model faces --hotfix seven --out after.png")

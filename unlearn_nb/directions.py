@@ -105,7 +105,8 @@ def layer_factors(denoiser, retain, w=unit_v, n=None, seed=0):
     try:
         for p, _ in trained: p.requires_grad_()
         g = torch.Generator().manual_seed(seed)
-        n = min(n or (256 if denoiser.prompts else 48), sum(part.x_t[..., 0, 0, 0].numel() for part in parts_of(retain)))
+        there = sum(part.x_t[..., 0, 0, 0].numel() for part in parts_of(retain))
+        n = min(n or (256 if denoiser.prompts else 48), there)
         x_t, t, _, *cond = draw(retain, n, g)
         white = torch.randn(x_t.shape, generator=g).to(x_t)
         errors = white * w(denoiser.snr(t)).sqrt().view(-1, 1, 1, 1) * denoiser.gain(t)

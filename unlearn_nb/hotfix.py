@@ -243,8 +243,8 @@ def check_stack(hotfixes):
     for k, h in enumerate(hotfixes):
         base, before = h.card["base"], [other.id for other in hotfixes[:k]]
         if base["sha256"] != first["sha256"]:
-            raise ValueError(f"these hotfixes are of two bases, {first['id']!r} with weights {first['sha256'][:12]} and "
-                             f"{base['id']!r} with {base['sha256'][:12]}; merge those of one base")
+            raise ValueError(f"these hotfixes are of two bases, {first['id']!r} with weights {first['sha256'][:12]} "
+                             f"and {base['id']!r} with {base['sha256'][:12]}; merge those of one base")
         if h.id in before: raise ValueError("the same hotfix is given twice; give each once")
         if not h.receipt:
             raise ValueError("a receipt is missing; a merged hotfix has one receipt for all requests, made of theirs")

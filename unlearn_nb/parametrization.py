@@ -60,7 +60,6 @@ def coordinates(w):
     "The numbers of a weight [O, C, ...] in the form of coordinates [O, k, C]."
     return w.detach().view(*w.shape[:2], -1).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
-
 # %% ../nbs/workshop/parametrization.ipynb #6d4fc10c
 class Lora(Full):
     """A LoRA of the given rank: W = W0 + B A beside each weight that has a `Basis`, along it.
@@ -98,7 +97,6 @@ class Lora(Full):
         self.model.unload()
         for w, trained in self.trained: w.requires_grad_(trained)
 
-
 # %% ../nbs/workshop/parametrization.ipynb #b81aabbd
 def parametrize(denoiser, retain, w, *, damping=.01, rank=0, seed=0):
     """What a run moves: whole weights, or with a rank a LoRA.
@@ -106,4 +104,3 @@ def parametrize(denoiser, retain, w, *, damping=.01, rank=0, seed=0):
     With damping above 0 along the free directions of retain. w(snr): the weight of the retain loss."""
     bases = eigenbases(layer_factors(denoiser, retain, w, seed=seed), damping) if damping else {}
     return Lora(denoiser, rank, seed, bases) if rank else Full(denoiser, bases)
-
