@@ -467,7 +467,7 @@ def test_a_full_disk_is_a_sentence(tmp_path, capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_two_processes_write_one_hotfix(model, tmp_path):
-    "As `accelerate launch -m unlearn_nb` starts them: one voice, one pair of folders, nearly the change of one process."
+    "As `accelerate launch -m unlearn_nb` starts them: one voice, one pair of folders, nearly the same change."
     def launched(out):
         launch = ["accelerate.commands.launch", "--multi_gpu", "--num_processes", 2, *ONE_MACHINE]
         command = ["-m", "unlearn_nb", "forget", "--model", model, "--seed", 5, "--steps", 3, "--out", out]

@@ -444,7 +444,8 @@ def test_the_preset_goes_by_family_and_the_pieces_by_size():
         size = dict(micro_batch=pieces, gradient_checkpointing=pieces < 32,
                     precision="bf16" if model.dtype == torch.bfloat16 else "fp32")
         assert Config.of(model, steps=7) == Config(**PRESETS[name] | size | {"steps": 7}), name
-    assert {*PRESETS} == {"pixels", "unet", "transformer"}
+    assert {*PRESETS} == {"pixels", "unet", "transformer"} and Config().many(1) == Config()
+    assert [Config().many(4).steps, Config().many(4).near_images] == [100, 32]
 
 
 # --- refused ---
