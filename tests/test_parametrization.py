@@ -132,4 +132,6 @@ def test_the_halves_of_a_basis_are_the_basis():
         B = left.from_basis(b, torch.empty(O, rank))
         A = right.from_basis(a, torch.empty(rank, *w.shape[1:]))
         whole = basis.from_basis((b[:, 0] @ a.flatten(1)).view(O, n, C), w)
+        parts = [v.data_ptr() for half in (left, right) for v in vars(half).values()]
+        assert len({*parts}) == len(parts)   # else a checkpoint could not be written
         assert_close((B @ A.flatten(1)).view_as(w), whole, rtol=1e-3, atol=1e-3 * whole.abs().max().item())

@@ -54,7 +54,8 @@ def halves(basis, rank):
     "Of the `Basis` of a weight, those of the factors B [O, r] and A [r, C, ...] of its change."
     one, eye = torch.eye(1).to(basis.G), torch.eye(rank).to(basis.G)
     g, p = (v / basis.reach[0, 0, 0].sqrt() for v in (basis.reach[:, :1, :1], basis.reach[:1]))   # reach = g p
-    return Basis(basis.G, one, eye, g.repeat(1, 1, rank)), Basis(eye, basis.kernel, basis.A, p.repeat(rank, 1, 1))
+    B, A = (basis.G, one, eye, g.repeat(1, 1, rank)), (eye.clone(), basis.kernel, basis.A, p.repeat(rank, 1, 1))
+    return Basis(*B), Basis(*A)
 
 def coordinates(w):
     "The numbers of a weight [O, C, ...] in the form of coordinates [O, k, C]."
