@@ -260,9 +260,9 @@ def merge(hotfixes):
     which is not there."""
     check_stack(hotfixes)
     deltas, cards, receipts = ([getattr(h, name) for h in hotfixes] for name in ("delta", "card", "receipt"))
-    if all(".lora_" in k for d in deltas for k in d): delta = side_by_side(deltas)
-    else: delta = {k: sum(change(d, k) for d in deltas if k in changed(d)) for k in changed(dict.fromkeys(
-        name for d in deltas for name in d))}
+    about, names = [changed(d) for d in deltas], {k for d in deltas for k in d}
+    if all(".lora_" in k for k in names): delta = side_by_side(deltas)
+    else: delta = {k: sum(change(d, k) for d, of in zip(deltas, about) if k in of) for k in changed(names)}
     receipt = Receipt(tuple(r for one in receipts for r in one.requests), [row for one in receipts for row in one.log],
                       told={f"{k} {name}": v for k, one in enumerate(receipts, 1) for name, v in one.told.items()})
     def total(name): return round(sum(c["cost"][name] for c in cards), 1)
