@@ -206,14 +206,15 @@ def numbers(after=0, chance=0., verdict="as if never learned", z=0., seed="a str
             "surrogate": [{"warnings": list(warnings)}],
             "quality": {"kid_before": .01, "kid_after": .01 + rise, "left_out": 0},
             "preserve": {"any seeds": group(dB[0]), "near neighbours": group(dB[1])},
-            "earlier": [{"to_forget_before": .1, "to_forget_after": .1 + e} for e in earlier]}
+            "earlier": [{"seed": seed, "to_forget_before": was, "to_forget_after": now} for seed, was, now in earlier]}
 
 
 def fails(**kw): return [v["name"] for v in report.verdicts(numbers(**kw)) if v["verdict"] == "fails"]
 
 
 def test_the_rule():
-    assert fails() == fails(after=1, chance=.5) == fails(earlier=(.05, -.2)) == []
+    assert fails() == fails(after=1, chance=.5) == fails(earlier=[(1, .1, .15), (2, .3, .1)]) == []
+    assert fails(earlier=[(1, .6, .6), (None, .45, .5)]) == []   # it came back before; a reconstruction, not a picture
     assert fails(verdict="blocked", before="blocked") == []   # the base's doing, not the hotfix's
     assert fails(verdict="remembers", before="remembers")
     for kw, name in (({"after": 1}, "regeneration"), ({"after": 3, "chance": .2}, "regeneration"),
@@ -222,7 +223,8 @@ def test_the_rule():
                      ({"seed": "still alike"}, "seed"), ({"warnings": ("too alike",)}, "surrogate"),
                      ({"fall": .11}, "controls stay"), ({"dB": (25.9, 30.)}, "drift: any seeds"),
                      ({"dB": (30., 25.9)}, "drift: near neighbours"), ({"rise": .06}, "quality"),
-                     ({"earlier": (0., .11)}, "earlier requests")):
+                     ({"earlier": [(1, .1, .1), (None, .1, .21)]}, "earlier requests"),
+                     ({"earlier": [(1, .39, .41)]}, "earlier requests")):
         assert fails(**kw) == [name], kw
 
 

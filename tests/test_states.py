@@ -3,6 +3,7 @@ from copy import deepcopy
 from dataclasses import replace
 from functools import lru_cache
 from itertools import count, product
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from torch.testing import assert_close
 from unlearn_nb import states
 from unlearn_nb.copies import LEAST, copy_bars, is_copy, is_kin, nearest
 from unlearn_nb.denoiser import Denoiser
+from unlearn_nb.files import fingerprint
+from unlearn_nb.parametrization import Lora
 from unlearn_nb.states import (NEAR, SAMPLING, Pool, Request, States, default_retain, draw, forget_states, generate,
                                noised, noised_states, own_paths, still_forgotten)
 
@@ -247,12 +250,55 @@ def test_retain_states_are_kept_in_a_folder(tmp_path, monkeypatch):
 
 
 def test_what_was_forgotten_before_must_stay_so():
+    "From seeds and mirrored noise what is left of the way is asked for, above t_min; of others the image, noised."
     model = tiny()
     requests = [request_of(model, 5), replace(request_of(model, 7), seed=None)]
-    (one, again), (other, own) = still_forgotten(model, requests, t_max=300, steps=4)
-    assert one == other == 1 and torch.equal(own.x0, model.sample([5], 4))
-    assert torch.equal(again.goal, noised(model, model.encode([r.image for r in requests]), 25, 300).goal)
-    assert len(still_forgotten(model, requests[1:])) == 1
+    (one, own), (other, again) = still_forgotten(model, requests, t_min=500, t_max=300, steps=4)
+    now, x_s = generate(model, [5], 4), model.encode([requests[0].surrogate])
+    assert one == other == 1 and len(own.x0) == 2 and torch.equal(own.x_t[1, 0], own.x_t[0, 0].flip(-1))
+    high = (now.timesteps >= 500).view(1, -1, 1, 1, 1)
+    assert 0 < high.sum() < 4
+    assert_close(own.x_t[:1], now.x_t, **CLOSE)
+    assert_close(own.goal[:1], now.goal + high * (x_s - now.x0)[:, None], **CLOSE)
+    assert torch.equal(again.goal, noised(model, model.encode([requests[1].image]), 25, 300).goal)
+    assert [share for share, _ in still_forgotten(model, requests[:1] * 3)] == [3]
+
+
+def changed(model, by=.05):
+    "What a hotfix for one request does: the base kept, its weights moved."
+    for k, w in model.net.state_dict().items():
+        if "conv" in k and w.dim() == 4: model.base[k] = w.clone()
+    for k in model.base: model.net.state_dict()[k].add_(by * torch.randn(model.base[k].shape, generator=gen(9)))
+    model.hotfixes.append(SimpleNamespace(card={"requests": ["a commitment"]}))
+
+
+@pytest.mark.parametrize('wrapped', (False, True))
+def test_what_must_stay_is_what_the_base_does(wrapped):
+    "With known hotfixes on the model, and inside a run that has put a LoRA around its layers; the weights stay."
+    model = tiny()
+    model.net, first, request, how = deepcopy(model.net), request_of(model, 50), request_of(model), SMALL | dict(near=2)
+    was, mark = [part for _, part in default_retain(model, [request], **how)], fingerprint(model)
+    changed(model)
+    now, known = fingerprint(model), Pool(model, [request], 6, 4, earlier=[first])
+    unknown = default_retain(model, [request], **how)
+    assert now != mark == fingerprint(model, base=True)
+    def same(a, b): return all(torch.equal(getattr(a, k), getattr(b, k)) for k in ("x_t", "goal", "x0"))
+    assert all(map(same, [part for _, part in default_retain(model, [request], **how, earlier=[first])], was))
+    assert torch.equal(unknown[0][1].x0, model.sample(range(100_000, 100_003), 4)) and not same(unknown[0][1], was[0])
+    if wrapped: form = Lora(model, 2, 0)
+    assert same(known.paths(known.nearest(2)), was[1])
+    if wrapped: form.restore()
+    assert fingerprint(model) == now
+
+
+def test_what_was_forgotten_before_is_not_brought_back():
+    "The base's picture of an earlier request is no picture that must stay, nor one near by."
+    model = tiny()
+    first, second = request_of(model, NEAR + 2), request_of(model, 9)
+    pool = Pool(model, [second], 6, 4, earlier=[first])
+    assert pool.copies[2] and 2 not in pool.nearest(6)
+    kept = default_retain(model, [second], **SMALL | dict(near=6), earlier=[first])[1][1]
+    assert (kept.x0 - model.encode([first.image])).abs().flatten(1).amax(1).min() > .1
 
 
 # --- what must be forgotten ---

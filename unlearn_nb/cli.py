@@ -228,7 +228,7 @@ def forget_one(model, seed=None, image=None, surrogate=None, steps=None, out="un
         request = request_of(denoiser, cfg, describe, seed, image, surrogate, prompt)
         say(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
         others = default_retain(denoiser, [request], **retain_settings(cfg), cache=cache, prompts=prompts,
-                                describe=describe)
+                                describe=describe, earlier=earlier)
         say("3/4  unlearn")
         hotfix = unlearn(denoiser, [request], others, cfg, earlier=earlier, checkpoint=checkpoint, describe=describe)
         if not FIRST: return   # the first process judges and writes

@@ -10,7 +10,7 @@ import re
 
 import torch
 
-from .directions import Basis, eigenbases, layer_factors
+from .directions import Basis, by_place, eigenbases, layer_factors
 from .hotfix import PARTS
 
 # %% ../nbs/workshop/parametrization.ipynb #584df1d7
@@ -59,7 +59,7 @@ def halves(basis, rank):
 
 def coordinates(w):
     "The numbers of a weight [O, C, ...] in the form of coordinates [O, k, C]."
-    return w.detach().view(*w.shape[:2], -1).transpose(1, 2).clone(memory_format=torch.contiguous_format)
+    return by_place(w.detach()).clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/workshop/parametrization.ipynb #6d4fc10c
 class Lora(Full):

@@ -8,6 +8,7 @@ __all__ = ['SAMPLING', 'Request', 'prompts_of', 'States', 'from_noise', 'generat
 
 # %% ../nbs/06_states.ipynb #1dea3add
 import hashlib
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -180,6 +181,22 @@ def said(denoiser, prompts, n):
     "The next of the prompts for each of n pictures; None of a model without words."
     return [prompts[k % len(prompts)] for k in range(n)] if denoiser.prompts else None
 
+def all_known(denoiser, earlier):
+    "Whether the earlier requests are all that the hotfixes on a denoiser are about."
+    return sum(len(h.card["requests"]) for h in denoiser.hotfixes) == len(earlier)
+
+@contextmanager
+def beneath(denoiser, earlier):
+    "For a while the weights of the base beneath its hotfixes, if all that these are about is known."
+    if not all_known(denoiser, earlier): return (yield)
+    weights = {k.replace(".base_layer", ""): w for k, w in denoiser.net.state_dict().items()}   # as peft calls them
+    now = {k: weights[k].clone() for k in denoiser.base}
+    def put(kept):
+        for k, w in kept.items(): weights[k].copy_(w)
+    put(denoiser.base)
+    try: yield
+    finally: put(now)
+
 def copies_among(denoiser, x0, requests, pool, describe=None):
     "Which of the clean images x0 [N, C, H, W] are a forget image again, or kin: [N]; pool: images for the bars."
     if not requests: return torch.zeros(len(x0), dtype=bool)
@@ -198,22 +215,25 @@ def without_copies(denoiser, states, requests, pool, describe=None):
 
 # %% ../nbs/06_states.ipynb #p00l0001
 class Pool:
-    """The pictures x0 [n, C, H, W] of n further seeds, from NEAR on, in 5 steps of sampling.
+    """The pictures x0 [n, C, H, W] of n further seeds, from NEAR on, in 5 steps of sampling, as of `default_retain`.
 
     Their prompts are those of the requests, in turn with others that are among the numbers `cond`.
-    `copies` [n]: which of them are a forget image again."""
+    `copies` [n]: which of them are a forget image again, of these or of earlier requests."""
 
-    def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None, cond=()):
-        self.denoiser, self.n, self.steps = denoiser, n, steps
+    def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None, cond=(), earlier=()):
+        self.denoiser, self.n, self.steps, self.earlier = denoiser, n, steps, earlier
         asked, known = [r.prompt for r in requests], [*denoiser.prompts]
         others = [known[k] for k in sorted(set(cond)) if known[k] not in asked]
         turns = zip(asked * len(others), others * len(asked))
         self.words = said(denoiser, [prompt for pair in turns for prompt in pair] or asked, n)
         self.x_f = denoiser.encode([r.image for r in requests]) if requests else None
-        made_from = f"{fingerprint(denoiser)} {n} {steps} {self.words} {denoiser.guidance}"
-        if made_from not in denoiser.pool: denoiser.pool = {made_from: self.pictures(cache)}
-        self.x0 = denoiser.pool[made_from]   # those of one model are made once
-        self.copies = copies_among(denoiser, self.x0, requests, self.x0, describe)
+        mark = fingerprint(denoiser, base=all_known(denoiser, earlier))
+        made_from = f"{mark} {n} {steps} {self.words} {denoiser.guidance}"
+        if made_from not in denoiser.pool:   # those of one model are made once; two are kept
+            with beneath(denoiser, earlier): x0 = self.pictures(cache)
+            denoiser.pool = dict([*denoiser.pool.items()][-1:]) | {made_from: x0}
+        self.x0 = denoiser.pool[made_from]
+        self.copies = copies_among(denoiser, self.x0, [*requests, *earlier], self.x0, describe)
 
     def pictures(self, cache=None):
         "As the model makes them now."
@@ -234,28 +254,32 @@ class Pool:
     def paths(self, positions):
         "The `States` on the whole paths to these."
         words = self.words and [self.words[i] for i in positions]
-        return generate(self.denoiser, [NEAR + i for i in positions], self.steps, prompt=words)
+        with beneath(self.denoiser, self.earlier):
+            return generate(self.denoiser, [NEAR + i for i in positions], self.steps, prompt=words)
 
 # %% ../nbs/06_states.ipynb #28c5ca98
 def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cache=None,
-                   prompts=("",), describe=None):
+                   prompts=("",), describe=None, earlier=()):
     """What must stay, if nothing is given: a list of (share, `States`), no copy of a forget image.
 
     Two thirds are n paths of any seeds, a third those `near` of a pool of seeds whose pictures are
     nearest to a forget image. Of a model with words these have the words of the requests, and n
     more have other prompts, the next one for each. steps: of each path. cache: a folder to keep
-    them in. describe: the descriptor by which copies are known (None: by pixels alone)."""
-    asked = [r.prompt for r in requests]
+    them in. describe: the descriptor by which copies are known (None: by pixels alone).
+    earlier: requests whose hotfixes are on the model, whose images are left out as well. If they are
+    all that its hotfixes are about, what must stay is what the base does, so that drift does not add up."""
+    asked, gone = [r.prompt for r in requests], [*requests, *earlier]
     def from_seed(first, prompts):
-        return paths(denoiser, range(first, first + n), steps, cache, said(denoiser, prompts, n))
+        with beneath(denoiser, earlier):
+            return paths(denoiser, range(first, first + n), steps, cache, said(denoiser, prompts, n))
     tables = [(2, from_seed(ANY, asked))]
     if denoiser.prompts: tables.append((2, from_seed(OTHER, prompts)))
     x0 = tables[0][1].x0
     if near:
-        further = Pool(denoiser, requests, pool, steps, cache, describe, prompts_among(tables))
+        further = Pool(denoiser, requests, pool, steps, cache, describe, prompts_among(tables), earlier)
         x0 = further.x0
         tables.append((1, further.paths(further.nearest(near))))
-    return [(share, without_copies(denoiser, table, requests, x0, describe)) for share, table in tables]
+    return [(share, without_copies(denoiser, table, gone, x0, describe)) for share, table in tables]
 
 # %% ../nbs/06_states.ipynb #f1ndc0p2
 def find_copies(denoiser, request, *, pool=256, steps=25, cache=None, describe=None):
@@ -300,14 +324,8 @@ def own_noise(denoiser, request, steps=25, most=32):
     if denoiser.prompts or denoiser.prediction == "flow": return None
     return invert(denoiser, denoiser.encode([request.image]), steps)
 
-# %% ../nbs/06_states.ipynb #0wnpaths
-def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
-    """The model's own paths to the forget images; None if there is no way to any of them.
-
-    x_s [R, C, H, W]: the surrogates. `shift` [N, C, H, W] leads from the picture of each path to
-    its surrogate, and the goals are the model's own beliefs, moved by it. Of a model without words
-    the mirrored noise of a request without copies leads to its mirrored surrogate. t_min: only
-    timesteps from this on (always the first one), of pictures with copies from `BY_HEART` on."""
+def beginnings(denoiser, requests, x_s, steps):
+    "(noise, surrogates [N, C, H, W], prompts [N]) where the paths of `own_paths` begin; None if there is none."
     z, goals, words = [], [], []
     for r, goal in zip(requests, x_s):
         mine = own_noise(denoiser, r, steps)
@@ -317,10 +335,23 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
         z.append(mine), goals.append(goal), words.extend([r.prompt] * len(mine))
     if not z: return None
     cond = denoiser.prompt_ids(words if denoiser.prompts else None, len(words))
-    own = from_noise(denoiser, torch.cat(z), steps, cond)
+    return torch.cat(z), torch.cat(goals), cond
+
+# %% ../nbs/06_states.ipynb #0wnpaths
+def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
+    """The model's own paths to the forget images; None if there is no way to any of them.
+
+    x_s [R, C, H, W]: the surrogates. `shift` [N, C, H, W] leads from the picture of each path to
+    its surrogate, and the goals are the model's own beliefs, moved by it. Of a model without words
+    the mirrored noise of a request without copies leads to its mirrored surrogate. t_min: only
+    timesteps from this on (always the first one), of pictures with copies from `BY_HEART` on."""
+    found = beginnings(denoiser, requests, x_s, steps)
+    if not found: return None
+    z, goals, cond = found
+    own = from_noise(denoiser, z, steps, cond)
     if any(r.copies for r in requests): t_min = min(t_min, BY_HEART)
     n = max(1, int((own.timesteps >= t_min).sum()))   # timesteps fall
-    shift = torch.cat(goals) - own.x0
+    shift = goals - own.x0
     goal = denoiser.apply_cfg(own.goal, own.uncond)[:, :n] + shift[:, None].to(own.goal)
     return States(own.timesteps[:n], own.x_t[:, :n].contiguous(), goal, own.x0, own.cond, shift=shift)
 
@@ -345,14 +376,23 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
     return tuple(map(torch.cat, zip(path, noisy)))
 
 # %% ../nbs/06_states.ipynb #57f89921
-def still_forgotten(denoiser, earlier, *, t_max=550, steps=25):
-    "What the model now makes of the images of `earlier` requests: further states that must stay."
-    x_f = denoiser.encode([r.image for r in earlier])
-    again = [(1, noised(denoiser, x_f, 25, t_max, prompt=prompts_of(denoiser, earlier)))]
-    seeded = [(seed, r) for r in earlier for seed in (r.seed, *(r.copies or ())) if seed is not None]
-    if not seeded: return again
-    seeds, asked = zip(*seeded)
-    return [*again, (1, generate(denoiser, seeds, steps, prompt=prompts_of(denoiser, asked)))]
+def still_forgotten(denoiser, earlier, *, t_min=0, t_max=550, steps=25):
+    """What keeps `earlier` requests forgotten, whose hotfixes are on the model: a list of (share, `States`).
+
+    The paths that it now takes from their seeds and copies, as of `own_paths`, with its own beliefs as goals, moved by
+    what is left of the way to the surrogate (at timesteps from t_min on). Of requests without a seed the image, noised
+    to timesteps below t_max."""
+    parts, known = [], [r for r in earlier if r.seed is not None or r.copies]
+    if known:
+        z, goals, cond = beginnings(denoiser, known, denoiser.encode([r.surrogate for r in known]), steps)
+        now = from_noise(denoiser, z, steps, cond)
+        left = (goals - now.x0)[:, None] * (now.timesteps >= t_min).view(1, -1, 1, 1, 1)
+        def moved(v): return v if v is None else v + left.to(v)
+        parts.append((len(known), replace(now, goal=moved(now.goal), uncond=moved(now.uncond))))
+    if bare := [r for r in earlier if r.seed is None and not r.copies]:
+        x_f = denoiser.encode([r.image for r in bare])
+        parts.append((len(bare), noised(denoiser, x_f, 25, t_max, prompt=prompts_of(denoiser, bare))))
+    return parts
 
 # %% ../nbs/06_states.ipynb #ed95898d
 @torch.no_grad()

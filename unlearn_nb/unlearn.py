@@ -224,12 +224,10 @@ def keep_too(problem, pool, positions):
     set_strength(form, full, 1.)
 
 # %% ../nbs/11_unlearn.ipynb #35d8684d
-def run(problem, opt, method, checkpoint, identity, watch, describe):
+def run(problem, opt, method, pool, checkpoint, identity, watch):
     "The loop: gradient, step, log, checkpoint; returns the log."
     cfg, main = problem.cfg, problem.state.is_main_process
     step_gradient, again = method(problem), max(1, round(SECOND_LOOK * cfg.steps))
-    pool = cfg.near_images and Pool(problem.denoiser, problem.requests, cfg.pool, cfg.sampling_steps,
-                                    describe=describe, cond=prompts_among(problem.retain))
     def save(step): save_checkpoint(checkpoint, identity, step, log, problem.parametrization, opt, step_gradient)
     first, log = 0, []
     if checkpoint: first, log = load_checkpoint(checkpoint, identity, problem.parametrization, opt, step_gradient)
@@ -316,7 +314,7 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     """Make noised versions of each request's image lead to its surrogate, and leave all else: a `Hotfix`, not yet on.
 
     retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`).
-    earlier: requests whose hotfixes are on the model, to stay forgotten.
+    earlier: requests whose hotfixes are on the model, to stay forgotten; all else must stay as in the base.
     checkpoint: a file to go on from if it exists, written every 10 steps.
     method: another way to a step's gradient (module `baselines`).
     watch: called as watch(step, seen) when the net has that step's weights; what it raises ends the run.
@@ -328,14 +326,18 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     start, steps = time.monotonic(), cfg.sampling_steps
     requests = [r if r.copies is not None else find_copies(denoiser, r, pool=cfg.pool, steps=steps, describe=describe)
                 for r in requests]
-    retain = retain or default_retain(denoiser, requests, **retain_settings(cfg), describe=describe)
-    if earlier: retain = [(3, retain), (1, still_forgotten(denoiser, earlier, t_max=cfg.t_max, steps=steps))]
+    known = dict(describe=describe, earlier=earlier)
+    retain = retain or default_retain(denoiser, requests, **retain_settings(cfg), **known)
+    pool = cfg.near_images and Pool(denoiser, requests, cfg.pool, steps, cond=prompts_among(retain), **known)
+    if earlier:
+        levels = dict(t_min=cfg.t_min, t_max=cfg.t_max)
+        retain = [(4, retain), (sqrt(len(earlier)), still_forgotten(denoiser, earlier, **levels, steps=steps))]
     identity = run_identity(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
     problem, opt = problem_of(denoiser, requests, retain, cfg)
     saving = cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
-        log = run(problem, opt, method, checkpoint, identity, watch, describe)
+        log = run(problem, opt, method, pool, checkpoint, identity, watch)
         if describe and problem.own and not denoiser.prompts:   # with words the surrogate itself is what is wanted
             log[-1]["strength"] = least_strength(problem, describe)
         delta = problem.parametrization.delta()
