@@ -107,6 +107,15 @@ def test_flops_of_a_product_and_of_its_gradient(n, m, k):
     assert bench.flops(lambda: torch.autograd.grad((a @ b).sum(), (a, b))) == 3 * 2 * n * m * k
 
 
+def test_flops_of_attention():
+    "Two products of tokens x tokens; on the way back, in which the first is made again, five."
+    q, k, v = torch.randn(3, 1, 4, 32, 16).requires_grad_()
+    def attend(): return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+    one = 2 * 4 * 32 * 32 * 16
+    assert bench.flops(attend) == 2 * one
+    assert bench.flops(lambda: torch.autograd.grad(attend().sum(), (q, k, v))) == 7 * one
+
+
 def test_backward_costs_two_forwards_and_a_step_all_states_once(made):
     problem, opt = made
     model, form = problem.denoiser, problem.parametrization

@@ -45,6 +45,18 @@ def test_gone_on_bit_for_bit(tmp_path, form, rule):
     assert step_of(file) == 12 and state_of(model) == before and len(resumed.receipt.log[4]["moved"]) == 2
 
 
+def test_gone_on_with_the_same_paths_pushed(tmp_path):
+    "What was still known at the second look is kept in the log, and the draws go on as they were."
+    cfg, file = replace(LONG, damping=0., t_min=0), tmp_path / "run.safetensors"
+    def describe(x):
+        return torch.nn.functional.normalize(x.flatten(1) - x.mean(), dim=1)
+    whole = run(cfg, describe=describe)
+    with pytest.raises(Stop): run(replace(cfg, surgery=stopping_at(11)), checkpoint=file, describe=describe)
+    resumed = run(cfg, checkpoint=file, describe=describe)
+    assert whole.receipt.log[4]["known"] and whole.receipt.log == resumed.receipt.log
+    assert same(whole.delta, resumed.delta) and not same(whole.delta, run(cfg).delta)
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_with_other_threads(tmp_path, one_thread):
     "What must stay is then computed anew, and rounded otherwise."

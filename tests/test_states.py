@@ -358,6 +358,19 @@ def test_the_pool_tells_what_a_change_moves_most():
     assert torch.equal(pool.paths([2]).x_t[:, 0], generate(model, [NEAR + 2], 4).x_t[:, 0])
 
 
+def test_known_paths_are_drawn_three_of_four_times():
+    "And the fourth from all: of four paths, one of them known, .8125 and .0625 each (three standard deviations)."
+    model, x_s = tiny(), torch.zeros(1, 3, 8, 8)
+    own = own_paths(model, [request_of(model, 5), request_of(model, 9)], x_s.expand(2, -1, -1, -1), 4)
+    own = replace(own, goal=torch.arange(4.).view(4, 1, 1, 1, 1).expand_as(own.goal))
+    def shares(known):
+        goal = forget_states(model, x_s, x_s, own, 800, gen(), path_share=1., mix_share=0., known=known)[2]
+        return [(goal[:, 0, 0, 0] == k).float().mean().item() for k in range(4)]
+    assert shares(()) == pytest.approx([.25] * 4, abs=.05)
+    assert shares([2]) == pytest.approx([.0625, .0625, .8125, .0625], abs=.045)
+    assert shares([1, 3]) == pytest.approx([.0625, .4375, .0625, .4375], abs=.055)
+
+
 def test_the_beliefs_moved_lead_to_the_surrogate():
     "A model that believes, in states moved by a share, what it believed there, moved by all, ends at the surrogate."
     model, x_s = tiny(), torch.rand(1, 3, 8, 8, generator=gen(5))

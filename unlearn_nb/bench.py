@@ -23,7 +23,7 @@ from torch import autograd
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from . import __version__, surgery, weights
 from .denoiser import Denoiser
@@ -37,12 +37,19 @@ from .weights import x0_loss
 from .words import TextDenoiser
 from .zoo import load
 
+# %% ../nbs/workshop/bench.ipynb #flopcpu1
+def attended(q, k, v, *args, **kw): return sdpa_flop_count(q, k, v)
+def attended_back(g, q, k, v, *args, **kw): return sdpa_backward_flop_count(g, q, k, v)
+ON_CPU = {   # attention as CPUs have it, which torch's own list leaves out
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: attended,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: attended_back}
+
 # %% ../nbs/workshop/bench.ipynb #f92c1e70
 def flops(f):
-    """Floating-point operations of the matrix products and convolutions in f(), backward passes included.
+    """Floating-point operations of the products, convolutions and attention in f(), backward passes included.
 
     A multiplication and an addition are two."""
-    with FlopCounterMode(display=False) as counter: f()
+    with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter: f()
     return counter.get_total_flops()
 
 # %% ../nbs/workshop/bench.ipynb #c8219abd

@@ -357,11 +357,12 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
 
 # %% ../nbs/06_states.ipynb #da41d435
 def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5, t_max=550,
-                  sampling="low", cond=None):
+                  sampling="low", cond=None, known=()):
     """The n forget states of one step, as of `noised_states`.
 
     A share `path_share` lies on their own paths (`own_paths`), if known; the others are noised
-    forget images. A share `mix_share` of both is moved some way, drawn evenly, to the surrogate."""
+    forget images. A share `mix_share` of both is moved some way, drawn evenly, to the surrogate.
+    known: numbers of paths from which three of four path states are drawn."""
     on_path = round(path_share * n) if own else 0
     far, moved = torch.rand(2, n, 1, 1, 1, generator=g).to(x_f.device)
     mix = far * (moved < mix_share)
@@ -369,6 +370,9 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
     noisy = noised_states(denoiser, x_f, x_s, n - on_path, g, mix=mix[on_path:], **how)
     if not on_path: return noisy
     i, s = (torch.randint(size, (on_path,), generator=g) for size in own.x_t.shape[:2])
+    if len(known):
+        more = torch.tensor(known)[torch.randint(len(known), (on_path,), generator=g)]
+        i = torch.where(torch.rand(on_path, generator=g) < .75, more, i)
     x_t, goal = (pick(v, i, s, x_f.device) for v in (own.x_t, own.goal))
     i, t = i.to(x_f.device), own.timesteps[s.to(x_f.device)]
     x_t = x_t + denoiser.scales(t)[0] * mix[:on_path] * own.shift[i]

@@ -9,7 +9,7 @@ __all__ = ['PRECISIONS', 'WORDS', 'PRESETS', 'Config', 'family', 'autocast', 'gr
 # %% ../nbs/11_unlearn.ipynb #f5a8d698
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import cos, pi, sqrt
 from pathlib import Path
 
@@ -133,6 +133,7 @@ class Problem:
     state: PartialState            # which of several processes this is
     cond: torch.Tensor | None = None   # [R] prompts, of a model with words
     requests: tuple = ()           # what was asked for
+    known: list = field(default_factory=list)   # own paths that still give the picture: pushed more
 
     @property
     def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
@@ -145,7 +146,7 @@ class Problem:
         "The forget states of one step, drawn with the generator g."
         cfg, how = self.cfg, ("path_share", "mix_share", "t_max", "sampling")
         states = forget_states(self.denoiser, self.x_f, self.x_s, self.own, cfg.forget_batch, g, cond=self.cond,
-                               **{k: getattr(cfg, k) for k in how})
+                               known=self.known, **{k: getattr(cfg, k) for k in how})
         return steer(self.denoiser, *states)
 
     def retain_batch(self, g):
@@ -223,17 +224,38 @@ def keep_too(problem, pool, positions):
     kept.append((sum(share for share, _ in kept) / 3, pool.paths(positions)))
     set_strength(form, full, 1.)
 
+@torch.no_grad()
+def likeness(problem, describe, z):
+    """How like the old pictures is what noise z [k N, C, H, W], k times for each of N own paths, now leads to: [k N].
+
+    As it is or mirrored, whichever is more. And the bar that strangers reach."""
+    d, own = problem.denoiser, problem.own
+    def seen(x): return torch.stack([describe(d.pixels(v)) for v in (x, x.flip(-1))])   # [2, N, D]
+    now, was = seen(from_noise(d, z, problem.cfg.sampling_steps).x0), seen(own.x0).repeat(1, len(z) // len(own.x0), 1)
+    others = torch.cat([table.x0 for table in parts_of(problem.retain)])
+    return (now * was).sum(-1).amax(0), strangers(d.pixels(others), describe)
+
+def still_known(problem, describe):
+    "Numbers of the own paths that now lead to somebody more like the old picture than strangers are."
+    similar, bar = likeness(problem, describe, problem.own.x_t[:, 0].to(problem.denoiser.device).float())
+    return (similar > bar).nonzero()[:, 0].tolist()
+
 # %% ../nbs/11_unlearn.ipynb #35d8684d
-def run(problem, opt, method, pool, checkpoint, identity, watch):
+def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     "The loop: gradient, step, log, checkpoint; returns the log."
     cfg, main = problem.cfg, problem.state.is_main_process
     step_gradient, again = method(problem), max(1, round(SECOND_LOOK * cfg.steps))
     def save(step): save_checkpoint(checkpoint, identity, step, log, problem.parametrization, opt, step_gradient)
     first, log = 0, []
     if checkpoint: first, log = load_checkpoint(checkpoint, identity, problem.parametrization, opt, step_gradient)
-    if pool and first > again: keep_too(problem, pool, log[again - 1]["moved"])
+    if first > again:
+        problem.known.extend(log[again - 1].get("known", ()))
+        if pool: keep_too(problem, pool, log[again - 1]["moved"])
     bar = tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not main)
     for step in bar:
+        if judge and step == again:
+            log[-1]["known"] = still_known(problem, judge)
+            problem.known.extend(log[-1]["known"])
         if pool and step == again:
             log[-1]["moved"] = pool.moved_most(cfg.near_images)
             keep_too(problem, pool, log[-1]["moved"])
@@ -293,14 +315,11 @@ def least_strength(problem, describe, moved=.2):
     full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
     beside = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
-    z = torch.cat([z, beside])
-    others = torch.cat([table.x0 for table in parts_of(problem.retain)])
-    def seen(x): return torch.stack([describe(d.pixels(v)) for v in (x, x.flip(-1))])   # [2, N, D]
-    bar, was = strangers(d.pixels(others), describe), seen(own.x0).repeat(1, 2, 1)
     def enough(s):
         set_strength(form, full, s)
-        now = from_noise(d, z, problem.cfg.sampling_steps).x0
-        return (seen(now) * was).sum(-1).amax(0).quantile(part) <= bar
+        similar, bar = likeness(problem, describe, torch.cat([z, beside]))
+        paths, others = similar[:len(z)].quantile(part), similar[len(z):].quantile(min(part, .95))
+        return max(paths, others) <= bar
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
@@ -337,9 +356,10 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     saving = cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
-        log = run(problem, opt, method, pool, checkpoint, identity, watch)
-        if describe and problem.own and not denoiser.prompts:   # with words the surrogate itself is what is wanted
-            log[-1]["strength"] = least_strength(problem, describe)
+        # with words the surrogate itself is what is wanted, and nobody is judged
+        judge = describe if problem.own and not denoiser.prompts else None
+        log = run(problem, opt, method, pool, judge, checkpoint, identity, watch)
+        if judge: log[-1]["strength"] = least_strength(problem, judge)
         delta = problem.parametrization.delta()
     finally:
         problem.parametrization.restore()
