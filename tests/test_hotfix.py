@@ -238,6 +238,22 @@ def test_what_cannot_be_merged_is_refused():
     assert merge([one, told(b.delta, on=[one.id])]).card['requests'] == []
 
 
+def test_merged_in_two_steps_is_merged_at_once():
+    "What was made on top of others goes with their merged form, which stands for them; none may come in twice."
+    d, fixes = base(), []
+    for k in range(3):
+        fix = Hotfix(pool(torch.float32)[k].delta, *card(d, [], SimpleNamespace(steps=1), [], 0., hotfix))
+        fix.card['on'] = [other.id for other in fixes]
+        fixes.append(fix)
+    two = merge(fixes[:2])
+    three = merge([two, fixes[2]])
+    assert three.card['merged'] == [fixes[0].id, fixes[1].id, two.id, fixes[2].id] and three.card['on'] == []
+    at_once = merge(fixes).delta
+    for k, v in three.delta.items(): assert_close(v, at_once[k], rtol=1e-6, atol=1e-6 * v.abs().max().item())
+    refused(lambda: merge([two, fixes[0]]), 'twice')
+    refused(lambda: merge([fixes[2], two]), 'in the order')
+
+
 # --- low rank ---
 
 class Layers(nn.Module):

@@ -236,12 +236,16 @@ def side_by_side(deltas):
         thin[k] = torch.cat([d.get(k, none(r)) for d, r in zip(deltas, ranks)], axis)
     return thin
 
+def stands_for(hotfix):
+    "Ids of the hotfixes that a merged one stands for, and its own."
+    return [*hotfix.card.get("merged", ()), hotfix.id]
+
 def check_stack(hotfixes):
     "ValueError, one sentence, if these cannot be one hotfix."
     if len(hotfixes) < 2: raise ValueError("there is nothing to merge; give two hotfixes or more")
     first = hotfixes[0].card["base"]
     for k, h in enumerate(hotfixes):
-        base, before = h.card["base"], [other.id for other in hotfixes[:k]]
+        base, before = h.card["base"], [i for other in hotfixes[:k] for i in stands_for(other)]
         if base["sha256"] != first["sha256"]:
             raise ValueError(f"these hotfixes are of two bases, {first['id']!r} with weights {first['sha256'][:12]} "
                              f"and {base['id']!r} with {base['sha256'][:12]}; merge those of one base")
@@ -268,7 +272,7 @@ def merge(hotfixes):
     def total(name): return round(sum(c["cost"][name] for c in cards), 1)
     cost = cards[-1]["cost"] | {"steps": total("steps"), "seconds": total("seconds")}
     return Hotfix(delta, cards[-1] | {"on": [], "requests": receipt.commitments, "cost": cost,
-                                      "merged": [h.id for h in hotfixes]}, receipt)
+                                      "merged": [i for h in hotfixes for i in stands_for(h)]}, receipt)
 
 # %% ../nbs/10_hotfix.ipynb #4613dbf0
 def store(folder, delta, card):
