@@ -144,6 +144,21 @@ def test_a_picture_that_came_as_a_file(model, tmp_path, capsys):
     assert "stays forgotten" in capsys.readouterr().err and earlier("four") == []
 
 
+def test_our_best_is_our_default(tmp_path, monkeypatch):
+    "The demo runs the default, and the results that the tutorial shows were made with it."
+    class Seen(Exception): pass
+    def fake(denoiser, requests, retain, cfg, **kw): raise Seen(cfg)
+    monkeypatch.setattr("unlearn_nb.unlearn.unlearn", fake)
+    monkeypatch.setattr("unlearn_nb.states.default_retain", lambda *args, **kw: [])
+    with pytest.raises(Seen) as seen: run("demo", "--out", tmp_path/"demo")
+    assert seen.value.args == (Config(),)
+    rows = read(zoo.ASSETS/"benchmark.json")
+    shown = {(row["kind"], row.get("name")): row["config"] for row in rows}
+    made = {("parts", "as it is"): Config(), ("steps", 50): Config(), ("stack", None): Config()}
+    made |= {("joint", n): Config().many(n) for n in (1, 2, 4, 8, 16)}
+    assert {k: shown[k] for k in made} == {k: vars(cfg) for k, cfg in made.items()}
+
+
 def test_an_earlier_request_is_read_and_not_made_again(model, tmp_path, monkeypatch):
     "Picture, seed, steps and prompt come from the receipt, whatever this run's own number of steps is."
     d, asked = zoo.load(str(model)), []

@@ -207,7 +207,7 @@ def retain_settings(cfg):
     return dict(n=cfg.retain_images, near=cfg.near_images, pool=cfg.pool, steps=cfg.sampling_steps)
 
 # %% ../nbs/11_unlearn.ipynb #s3c0nd02
-SECOND_LOOK = .4   # of the steps are done when it is asked what has moved
+LOOKS = .4, .7   # of the steps are done when it is asked what has moved most, and what is still known; and this again
 
 @torch.no_grad()
 def set_strength(parametrization, full, s):
@@ -244,18 +244,16 @@ def still_known(problem, describe):
 def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     "The loop: gradient, step, log, checkpoint; returns the log."
     cfg, main = problem.cfg, problem.state.is_main_process
-    step_gradient, again = method(problem), max(1, round(SECOND_LOOK * cfg.steps))
+    step_gradient, (again, once_more) = method(problem), [max(1, round(share * cfg.steps)) for share in LOOKS]
     def save(step): save_checkpoint(checkpoint, identity, step, log, problem.parametrization, opt, step_gradient)
     first, log = 0, []
     if checkpoint: first, log = load_checkpoint(checkpoint, identity, problem.parametrization, opt, step_gradient)
-    if first > again:
-        problem.known.extend(log[again - 1].get("known", ()))
-        if pool: keep_too(problem, pool, log[again - 1]["moved"])
+    problem.known[:] = next((seen["known"] for seen in reversed(log) if "known" in seen), [])
+    if pool and first > again: keep_too(problem, pool, log[again - 1]["moved"])
     bar = tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not main)
     for step in bar:
-        if judge and step == again:
-            log[-1]["known"] = still_known(problem, judge)
-            problem.known.extend(log[-1]["known"])
+        if judge and step in (again, once_more):
+            problem.known[:] = log[-1]["known"] = still_known(problem, judge)
         if pool and step == again:
             log[-1]["moved"] = pool.moved_most(cfg.near_images)
             keep_too(problem, pool, log[-1]["moved"])
