@@ -33,6 +33,9 @@ from .weights import x0_loss
 # %% ../nbs/11_unlearn.ipynb #pr3c1s10
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+# %% ../nbs/11_unlearn.ipynb #w1dth001
+WIDTH = 112   # channels of the widest layer of `faces`, for which the default learning rate is
+
 # %% ../nbs/11_unlearn.ipynb #432518e6
 @dataclass(frozen=True)
 class Config:
@@ -72,6 +75,8 @@ class Config:
         few = max_batch(denoiser, 256) // 8   # 32, but of 256 x 256 pixels 2, of latents of 1,024 x 1,024 pixels 1
         half = next((name for name, dtype in PRECISIONS.items() if dtype == denoiser.dtype), "fp32")
         fits = dict(micro_batch=few, gradient_checkpointing=few < 32, precision=half)
+        widest = max(denoiser.net.config.block_out_channels) if family(denoiser) == "pixels" else 0
+        if widest > WIDTH: fits["lr"] = cls.lr * WIDTH / widest
         return cls(**PRESETS[family(denoiser)] | fits | kw)
 
 # %% ../nbs/11_unlearn.ipynb #2ed5005b
