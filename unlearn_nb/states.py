@@ -165,6 +165,23 @@ def paths(denoiser, seeds, steps, cache=None, prompts=None):
     write(file, save({k: v.cpu().contiguous() for k, v in vars(states).items() if k != "cond" and v is not None}))
     return states
 
+# %% ../nbs/06_states.ipynb #ben3ath1
+def all_known(denoiser, earlier):
+    "Whether the earlier requests are all that the hotfixes on a denoiser are about."
+    return sum(len(h.card["requests"]) for h in denoiser.hotfixes) == len(earlier)
+
+@contextmanager
+def beneath(denoiser, earlier):
+    "For a while the weights of the base beneath its hotfixes, if all that these are about is known."
+    if not all_known(denoiser, earlier): return (yield)
+    weights = {k.replace(".base_layer", ""): w for k, w in denoiser.net.state_dict().items()}   # as peft calls them
+    now = {k: weights[k].clone() for k in denoiser.base}
+    def put(kept):
+        for k, w in kept.items(): weights[k].copy_(w)
+    put(denoiser.base)
+    try: yield
+    finally: put(now)
+
 # %% ../nbs/06_states.ipynb #16595f31
 # first seeds of what must stay: of any pictures, of the pool for near ones, of other prompts
 ANY, NEAR, OTHER = 100_000, 200_000, 300_000
@@ -181,21 +198,12 @@ def said(denoiser, prompts, n):
     "The next of the prompts for each of n pictures; None of a model without words."
     return [prompts[k % len(prompts)] for k in range(n)] if denoiser.prompts else None
 
-def all_known(denoiser, earlier):
-    "Whether the earlier requests are all that the hotfixes on a denoiser are about."
-    return sum(len(h.card["requests"]) for h in denoiser.hotfixes) == len(earlier)
-
-@contextmanager
-def beneath(denoiser, earlier):
-    "For a while the weights of the base beneath its hotfixes, if all that these are about is known."
-    if not all_known(denoiser, earlier): return (yield)
-    weights = {k.replace(".base_layer", ""): w for k, w in denoiser.net.state_dict().items()}   # as peft calls them
-    now = {k: weights[k].clone() for k in denoiser.base}
-    def put(kept):
-        for k, w in kept.items(): weights[k].copy_(w)
-    put(denoiser.base)
-    try: yield
-    finally: put(now)
+def in_turn(denoiser, asked, cond):
+    "The prompts that are asked for, each in turn with all others that are among the numbers cond."
+    known = [*denoiser.prompts]
+    others = [known[k] for k in sorted(set(cond)) if known[k] not in asked]
+    turns = zip(asked * len(others), others * len(asked))
+    return [prompt for pair in turns for prompt in pair] or asked
 
 def copies_among(denoiser, x0, requests, pool, describe=None):
     "Which of the clean images x0 [N, C, H, W] are a forget image again, or kin: [N]; pool: images for the bars."
@@ -222,10 +230,7 @@ class Pool:
 
     def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None, cond=(), earlier=()):
         self.denoiser, self.n, self.steps, self.earlier = denoiser, n, steps, earlier
-        asked, known = [r.prompt for r in requests], [*denoiser.prompts]
-        others = [known[k] for k in sorted(set(cond)) if known[k] not in asked]
-        turns = zip(asked * len(others), others * len(asked))
-        self.words = said(denoiser, [prompt for pair in turns for prompt in pair] or asked, n)
+        self.words = said(denoiser, in_turn(denoiser, [r.prompt for r in requests], cond), n)
         self.x_f = denoiser.encode([r.image for r in requests]) if requests else None
         mark = fingerprint(denoiser, base=all_known(denoiser, earlier))
         made_from = f"{mark} {n} {steps} {self.words} {denoiser.guidance}"

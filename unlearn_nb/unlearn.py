@@ -36,6 +36,11 @@ PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 # %% ../nbs/11_unlearn.ipynb #w1dth001
 WIDTH = 112   # channels of the widest layer of `faces`, for which the default learning rate is
 
+def rate(denoiser):
+    "Of a UNet of pixels with wider layers: a learning rate that is smaller in proportion."
+    widest = max(denoiser.net.config.block_out_channels) if family(denoiser) == "pixels" else 0
+    return {"lr": Config.lr * WIDTH / widest} if widest > WIDTH else {}
+
 # %% ../nbs/11_unlearn.ipynb #432518e6
 @dataclass(frozen=True)
 class Config:
@@ -75,9 +80,7 @@ class Config:
         few = max_batch(denoiser, 256) // 8   # 32, but of 256 x 256 pixels 2, of latents of 1,024 x 1,024 pixels 1
         half = next((name for name, dtype in PRECISIONS.items() if dtype == denoiser.dtype), "fp32")
         fits = dict(micro_batch=few, gradient_checkpointing=few < 32, precision=half)
-        widest = max(denoiser.net.config.block_out_channels) if family(denoiser) == "pixels" else 0
-        if widest > WIDTH: fits["lr"] = cls.lr * WIDTH / widest
-        return cls(**PRESETS[family(denoiser)] | fits | kw)
+        return cls(**PRESETS[family(denoiser)] | rate(denoiser) | fits | kw)
 
 # %% ../nbs/11_unlearn.ipynb #2ed5005b
 WORDS = dict(steps=60, forget_batch=8, retain_batch=36, t_min=0, weight="unit_x0", lr=1e-2, rank=16, retain_images=50,
