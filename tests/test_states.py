@@ -262,6 +262,8 @@ def test_what_was_forgotten_before_must_stay_so():
     assert_close(own.goal[:1], now.goal + high * (x_s - now.x0)[:, None], **CLOSE)
     assert torch.equal(again.goal, noised(model, model.encode([requests[1].image]), 25, 300).goal)
     assert [share for share, _ in still_forgotten(model, requests[:1] * 3)] == [3]
+    half = still_forgotten(model, requests, path_share=.5, steps=4)   # as the forget states were drawn
+    assert [share for share, _ in half] == [.5, 1.5] and len(half[1][1].x0) == 2
 
 
 def changed(model, by=.05):

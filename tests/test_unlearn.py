@@ -297,26 +297,24 @@ def test_given_retain_is_what_is_used():
 
 @pytest.mark.slow
 def test_it_forgets_and_stays_forgotten():
-    "On the built-in model: ten steps bring reconstructions and seed nearer to the surrogate; ten more leave that so."
+    "On the built-in model, a short run of the default: a later hotfix leaves no more of an earlier request than before."
     model = load("faces", device="cpu")
     mark, x = fingerprint(model), model.sample([100, 7, 1003, 8], 10)
     images = model.decode(x)
     first, second = Request(images[0], images[1], 100), Request(images[2], images[3], 1003)
-    cfg = replace(TINY, steps=10, forget_batch=6, retain_batch=6, retain_images=4, sampling_steps=10, damping=0.,
-                  path_share=.5, t_min=0)
-    def away(k):   # from the surrogate of image k
-        return (model.reconstruct(x[k:k + 1], 250, range(2), 5) - x[k + 1]).square().mean().item()
-    before = away(0), away(2)
+    cfg = Config(steps=15, forget_batch=6, retain_batch=10, retain_images=16, near_images=0, pool=32,
+                 sampling_steps=10)
+    def left(seed, k):   # of the way between image and surrogate
+        return ((model.sample([seed], 10) - x[k + 1]).norm() / (x[k] - x[k + 1]).norm()).item()
     one = unlearn(model, [first], cfg=cfg)
     one.apply(model)
-    assert away(0) < .6 * before[0]
-    seed = model.sample([100], 10)
-    assert (seed - x[1]).norm() < (seed - x[0]).norm()
+    before = left(100, 0)
+    assert before < .7 and left(1003, 2) > .9
     two = unlearn(model, [second], cfg=cfg, earlier=[first])
     two.apply(model)
-    assert away(0) < .6 * before[0] and away(2) < .6 * before[1]
+    assert left(100, 0) < before and left(1003, 2) < .6
     one.remove(model)
-    assert away(0) > .6 * before[0] and away(2) < .7 * before[1]   # each takes its own with it
+    assert left(100, 0) > .9 and left(1003, 2) < .6   # each takes its own with it
     two.remove(model)
     assert fingerprint(model) == mark
 

@@ -385,22 +385,23 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
     return tuple(map(torch.cat, zip(path, noisy)))
 
 # %% ../nbs/06_states.ipynb #57f89921
-def still_forgotten(denoiser, earlier, *, t_min=0, t_max=550, steps=25):
+def still_forgotten(denoiser, earlier, *, path_share=1., t_min=0, t_max=550, steps=25):
     """What keeps `earlier` requests forgotten, whose hotfixes are on the model: a list of (share, `States`).
 
     The paths that it now takes from their seeds and copies, as of `own_paths`, with its own beliefs as goals, moved by
-    what is left of the way to the surrogate (at timesteps from t_min on). Of requests without a seed the image, noised
-    to timesteps below t_max."""
+    what is left of the way to the surrogate (at timesteps from t_min on). Of requests without a seed, and for a share
+    1 - path_share of the others, what it now believes of the image, noised to timesteps below t_max."""
     parts, known = [], [r for r in earlier if r.seed is not None or r.copies]
     if known:
         z, goals, cond = beginnings(denoiser, known, denoiser.encode([r.surrogate for r in known]), steps)
         now = from_noise(denoiser, z, steps, cond)
         left = (goals - now.x0)[:, None] * (now.timesteps >= t_min).view(1, -1, 1, 1, 1)
         def moved(v): return v if v is None else v + left.to(v)
-        parts.append((len(known), replace(now, goal=moved(now.goal), uncond=moved(now.uncond))))
-    if bare := [r for r in earlier if r.seed is None and not r.copies]:
-        x_f = denoiser.encode([r.image for r in bare])
-        parts.append((len(bare), noised(denoiser, x_f, 25, t_max, prompt=prompts_of(denoiser, bare))))
+        parts.append((path_share * len(known), replace(now, goal=moved(now.goal), uncond=moved(now.uncond))))
+    if rest := [r for r in earlier if path_share < 1 or r not in known]:
+        x_f = denoiser.encode([r.image for r in rest])
+        noisy = noised(denoiser, x_f, 25, t_max, prompt=prompts_of(denoiser, rest))
+        parts.append((len(earlier) - path_share * len(known), noisy))
     return parts
 
 # %% ../nbs/06_states.ipynb #ed95898d

@@ -355,8 +355,8 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
     retain = retain or default_retain(denoiser, requests, **retain_settings(cfg), **known)
     pool = cfg.near_images and Pool(denoiser, requests, cfg.pool, steps, cond=prompts_among(retain), **known)
     if earlier:
-        levels = dict(t_min=cfg.t_min, t_max=cfg.t_max)
-        retain = [(4, retain), (sqrt(len(earlier)), still_forgotten(denoiser, earlier, **levels, steps=steps))]
+        how = dict(path_share=cfg.path_share, t_min=cfg.t_min, t_max=cfg.t_max, steps=steps)
+        retain = [(4, retain), (sqrt(len(earlier)), still_forgotten(denoiser, earlier, **how))]
     identity = run_identity(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
     problem, opt = problem_of(denoiser, requests, retain, cfg)
     saving = cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing
