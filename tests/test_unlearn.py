@@ -297,7 +297,7 @@ def test_given_retain_is_what_is_used():
 
 @pytest.mark.slow
 def test_it_forgets_and_stays_forgotten():
-    "On the built-in model, a short run of the default: a later hotfix leaves no more of an earlier request than before."
+    "On the built-in model, a short run of the default: a later hotfix leaves no more of an earlier request."
     model = load("faces", device="cpu")
     mark, x = fingerprint(model), model.sample([100, 7, 1003, 8], 10)
     images = model.decode(x)
