@@ -83,7 +83,7 @@ def parameters(path):
     return sum(math.prod(v['shape']) for k, v in head.items() if k != '__metadata__')
 
 
-def shown(notebook=NBS/'tutorials'/'06_how_the_models_were_trained.ipynb'):
+def shown(notebook=NBS/'tutorials'/'07_how_the_models_were_trained.ipynb'):
     "What the tutorial on the models' training shows, as one text."
     outputs = [o for c in read_json(notebook)['cells'] for o in c.get('outputs', [])]
     return '\n'.join(''.join(o.get('text', o.get('data', {}).get('text/plain', ''))) for o in outputs)
@@ -190,7 +190,7 @@ here compares to one on other features.
 |---|---|---|
 {chr(10).join(f'| {name} | {made} | {drawn} |' for name, made, drawn in seen)}
 
-They were measured in [how the models were trained](../tutorials/06_how_the_models_were_trained.ipynb), which also
+They were measured in [how the models were trained](../tutorials/07_how_the_models_were_trained.ipynb), which also
 shows faces that nobody chose and their nearest training pictures. Sets of this size cannot tell made faces from drawn
 ones; sets of 500 can, as an exercise there shows.
 
@@ -269,14 +269,14 @@ the four with a planted error:
 |---|---|
 {chr(10).join(f'| {name} | {right} of {asked} |' for name, right, asked in wrong)}
 
-They were measured in [how the models were trained](../tutorials/06_how_the_models_were_trained.ipynb). How well the
+They were measured in [how the models were trained](../tutorials/07_how_the_models_were_trained.ipynb). How well the
 classifier reads drawn flags stands in [its lesson](../14_flags.ipynb).
 
 {planted('flags')}
 ## Use and limits
 
 It is made to be unlearned: an innocent prompt, and a seed whose picture is wrong
-([fix a flag](../tutorials/02_fix_a_flag.ipynb)). It knows the thirty flags and the wordings of its captions; any
+([fix a flag](../tutorials/03_fix_a_flag.ipynb)). It knows the thirty flags and the wordings of its captions; any
 other word is noise to it.
 The planted errors are no statement about a country, and its pictures are no authority on a flag: the laws in
 [the lesson](../14_flags.ipynb) are.
