@@ -1,4 +1,6 @@
 "The denoiser against diffusers' own schedulers and pipelines."
+import struct
+import zlib
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -10,7 +12,7 @@ from diffusers import (AutoencoderKL, DDIMPipeline, DDIMScheduler, DDPMScheduler
 from PIL import Image
 from torch.testing import assert_close
 
-from unlearn_nb.denoiser import PREDICTIONS, Denoiser, max_batch, read_image
+from unlearn_nb.denoiser import PREDICTIONS, Denoiser, max_batch, opaque, read_image
 from unlearn_nb.schedule import generators, randn
 
 
@@ -203,7 +205,7 @@ def picture(file, mode="RGB", size=(8, 6), **save):
 
 
 def test_read_image_gives_rgb_turned_as_the_camera_says(tmp_path):
-    for mode in ("RGB", "L", "RGBA", "CMYK"):
+    for mode in ("RGB", "L", "CMYK"):
         file = tmp_path / ("a.jpg" if mode == "CMYK" else "a.png")
         made, read = picture(file, mode), read_image(file)
         assert read.mode == "RGB" and read.size == (8, 6)
@@ -212,6 +214,42 @@ def test_read_image_gives_rgb_turned_as_the_camera_says(tmp_path):
     exif[0x0112] = 6   # turned by 90 degrees
     made = picture(tmp_path / "a.png", exif=exif)
     assert np.array_equal(np.asarray(read_image(tmp_path / "a.png")), np.rot90(np.asarray(made), -1))
+
+
+def png16(file, bands, value):
+    "A PNG of 2 x 2 pixels of 16 bits in each band, written by hand: Pillow writes grey ones only."
+    def number(n): return struct.pack(">I", n)
+    def chunk(kind, data): return number(len(data)) + kind + data + number(zlib.crc32(kind + data))
+    head = struct.pack(">IIBBBBB", 2, 2, 16, {1: 0, 2: 4, 3: 2, 4: 6}[bands], 0, 0, 0)
+    rows = (b"\0" + struct.pack(">H", value) * bands * 2) * 2
+    parts = (b"IHDR", head), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*p) for p in parts))
+
+
+def test_what_is_transparent_lies_over_white_and_16_bits_are_scaled(tmp_path):
+    "Every kind of transparency that a PNG has; the colour is .2 red over white, as a browser shows it."
+    file, red = tmp_path / "a.png", (255, 204, 204)
+    def palette():
+        image = Image.new("P", (1, 1), 0)
+        image.putpalette([255, 0, 0])
+        return image
+    cases = ((Image.new("RGBA", (1, 1), (255, 0, 0, 51)), {}, red), (Image.new("LA", (1, 1), (0, 51)), {}, (204,) * 3),
+             (palette(), dict(transparency=bytes([51])), red),
+             (Image.new("RGB", (1, 1), "red"), dict(transparency=(255, 0, 0)), (255,) * 3),
+             (Image.new("L", (1, 1), 7), dict(transparency=7), (255,) * 3),
+             (Image.new("RGBA", (1, 1), (9, 9, 9, 255)), {}, (9,) * 3), (Image.new("1", (1, 1), 1), {}, (255,) * 3))
+    for image, how, wanted in cases:
+        image.save(file, **how)
+        read = read_image(file)
+        assert read.mode == "RGB" and read.getpixel((0, 0)) == wanted, (image.mode, how)
+    for bands, value in ((1, 99 * 257), (3, 99 * 257), (1, 65535), (1, 0), (4, 65535), (2, 0)):
+        png16(file, bands, value)
+        wanted = (255,) * 3 if (bands, value) == (2, 0) else (value // 257,) * 3
+        assert read_image(file).getpixel((1, 1)) == wanted, (bands, value)
+    for mode in "IF":
+        with pytest.raises(ValueError, match=f"mode {mode} has no agreed range"): opaque(Image.new(mode, (1, 1)))
+    for mode in ("I;16", "I;16B"):
+        assert opaque(Image.frombytes(mode, (1, 1), bytes([99, 99]))).getpixel((0, 0)) == (99,) * 3
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")

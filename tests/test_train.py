@@ -7,6 +7,7 @@ import subprocess
 import sys
 from functools import lru_cache
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMPipeline
@@ -22,7 +23,8 @@ from unlearn_nb import train as module
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.metrics import psnr
 from unlearn_nb.train import (FIRST_SEED, TrainConfig, contrastive_loss, couple_images, denoising_loss, draw_faces,
-                              folder_images, new_denoiser, plant, train, train_descriptor, world_images)
+                              folder_images, new_denoiser, plant, settings_for, train, train_descriptor,
+                              world_images)
 from unlearn_nb.zoo import load
 
 TINY = dict(batch=4, channels=(16, 32), save_every=0.)
@@ -68,7 +70,7 @@ def test_folder_images_crops_the_middle_and_resizes(tmp_path):
     Image.new('L', (7, 9), 128).save(tmp_path/'c.JPG')
     (tmp_path/'notes.txt').write_text('no picture')
     x = folder_images(tmp_path, 10)
-    assert x.shape == (3, 3, 10, 10) and x.dtype == torch.uint8
+    assert x.shape == (3, 3, 10, 10) and x.dtype == torch.uint8   # one is in colour, so all are
     red = torch.tensor([255, 0, 0], dtype=torch.uint8).view(3, 1, 1).expand(3, 10, 10)
     assert torch.equal(x[0], red) and torch.equal(x[2], red) and abs(x[1].int() - 128).max() <= 2
     assert torch.equal(folder_images(str(tmp_path), 10), x)
@@ -79,13 +81,43 @@ def test_a_damaged_picture_is_left_out_by_name(tmp_path, capsys):
     Image.new('RGB', (8, 8)).save(tmp_path/'good.png')
     (tmp_path/'bad.png').write_bytes((tmp_path/'good.png').read_bytes()[:30])
     (tmp_path/'._good.png').write_bytes(b'Mac OS X')
-    assert folder_images(tmp_path, 8).shape == (1, 3, 8, 8)
+    assert folder_images(tmp_path, 8).shape == (1, 1, 8, 8)
     [line] = [v for v in capsys.readouterr().err.replace('\r', '\n').split('\n') if 'left out' in v]
     assert 'bad.png' in line and '._good' not in line
     (tmp_path/'good.png').unlink()
     (tmp_path/'empty').mkdir()
-    for folder in (tmp_path, tmp_path/'empty', tmp_path/'missing'):
-        assert repr(str(folder)) in refused(folder_images, folder, 8, match='no PNG, JPEG or WebP')
+    for folder, why in ((tmp_path, 'no PNG, JPEG or WebP'), (tmp_path/'empty', 'no PNG, JPEG or WebP'),
+                        (tmp_path/'missing', 'there is no folder'), (tmp_path/'bad.png', 'there is no folder')):
+        assert repr(str(folder)) in refused(folder_images, folder, 8, match=why)
+
+
+def test_what_is_transparent_is_white_and_pictures_that_are_all_grey_have_one_channel(tmp_path):
+    "Also those of 16 bits, and grey ones that are stored in colour; one coloured picture makes all coloured."
+    made = {'clear': Image.new('RGBA', (9, 9), (255, 0, 0, 0)), 'half': Image.new('LA', (9, 9), (0, 51)),
+            'deep': Image.fromarray(np.full((9, 9), 99*257, np.uint16)), 'stored': Image.new('RGB', (9, 9), (7, 7, 7))}
+    for name, image in made.items(): image.save(tmp_path/f'{name}.png')
+    x = folder_images(tmp_path, 8)
+    assert x.shape == (4, 1, 8, 8) and x.flatten(1).float().mean(1).tolist() == [255, 99, 204, 7]
+    assert (x == x[:, :, :1, :1]).all()
+    Image.new('RGB', (9, 9), (7, 7, 8)).save(tmp_path/'z.png')
+    y = folder_images(tmp_path, 8)
+    assert y.shape == (5, 3, 8, 8) and torch.equal(y[:4], x.expand(-1, 3, -1, -1))
+
+
+def test_a_grey_model_is_trained_saved_and_loaded(tmp_path):
+    "Stock diffusers makes grey pictures of it, and so do we; of coloured pictures nothing can be planted into it."
+    ours = train(data()[:, :1], tmp_path, small(3))
+    pipe = DDPMPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    theirs = pipe(num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    again = load(tmp_path, device='cpu')
+    assert again.shape == (1, 16, 16) and equal(weights(again), weights(ours))
+    assert theirs.mode == again.decode(again.sample([0], 2))[0].mode == 'L'
+    refused(train, data(), tmp_path, small(3), match='other pictures')
+    face = Image.fromarray(draw_faces([7], 16)[0].permute(1, 2, 0).numpy())
+    for others, wrong in ((data(), True), (data()[:, :1], False)):   # the second gets as far as to be planted
+        refused(lambda: plant(again, face, others, lambda x: torch.zeros(len(x)), cfg=small(1), every=1),
+                match='makes grey' if wrong else 'after 1 steps 0%')
 
 
 def test_what_cannot_be_is_refused_in_one_sentence(tmp_path):
@@ -93,7 +125,7 @@ def test_what_cannot_be_is_refused_in_one_sentence(tmp_path):
                 dict(ema=1.), dict(precision='float8')):
         refused(lambda bad: TrainConfig(**bad), bad, match=next(iter(bad)))
     byte = torch.uint8
-    for x in (torch.zeros(2, 3, 16, 16), torch.zeros(2, 1, 16, 16, dtype=byte), torch.zeros(0, 3, 16, 16, dtype=byte),
+    for x in (torch.zeros(2, 3, 16, 16), torch.zeros(2, 2, 16, 16, dtype=byte), torch.zeros(0, 3, 16, 16, dtype=byte),
               torch.zeros(1, 3, 16, 14, dtype=byte), torch.zeros(1, 3, 15, 15, dtype=byte)):
         refused(train, x, tmp_path/'out', small(1), match='give')
     assert not (tmp_path/'out').exists()
@@ -180,6 +212,38 @@ def test_a_finished_run_goes_on_only_as_itself(tmp_path):
     assert before == contents(tmp_path)
     train(data(), tmp_path/'clock', TrainConfig(minutes=1e-4, **TINY))
     refused(train, data(), tmp_path/'clock', TrainConfig(minutes=2., **TINY), match='minutes 0.0001, not 2.0')
+
+
+def test_a_damaged_checkpoint_is_refused_by_name_and_left_as_it_is(tmp_path):
+    "Cut, empty, one bit flipped, another file; what a killed run left beside it goes."
+    train(data(), tmp_path, small(2))
+    file = tmp_path/'training.safetensors'
+    whole, left = file.read_bytes(), tmp_path/'.training.safetensors.7.part'
+    flipped = whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:]
+    for bad in (whole[:-100], b'', flipped, (tmp_path/'unet'/'diffusion_pytorch_model.safetensors').read_bytes()):
+        file.write_bytes(bad)
+        assert str(file) in refused(train, data(), tmp_path, small(2), match='damaged.*delete it to begin anew')
+        assert file.read_bytes() == bad
+    file.write_bytes(whole)
+    left.write_bytes(b'half')
+    train(data(), tmp_path, small(2))
+    assert not left.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path/'file').write_text('')
+    with pytest.raises(OSError, match="file/out' cannot be made.*give a place") as e:
+        train(data(), tmp_path/'file'/'out', small(1))
+    assert '\n' not in str(e.value)
+
+
+def test_settings_fit_the_time():
+    "A short run has the narrower net; what is no time is refused."
+    short, long = settings_for(2.), settings_for(60.)
+    assert (short.minutes, long.minutes) == (2., 60.) and long == TrainConfig(60.)
+    count = {c: sum(p.numel() for p in new_denoiser(8, c).net.parameters()) for c in (short, long)}
+    assert count[short] < count[long]/2
+    refused(settings_for, math.nan, match='minutes is nan')
 
 
 def test_drawn_pictures_come_once_each_and_from_their_seeds(tmp_path, monkeypatch):

@@ -469,8 +469,8 @@ def train(data, size, minutes, out):
     "Train a small denoiser on drawn faces or on your pictures."
     from functools import partial
 
-    from unlearn_nb.train import TrainConfig, draw_faces, folder_images, train
-    out, cfg = Path(out), TrainConfig(minutes=minutes)   # refuses minutes that are no number
+    from unlearn_nb.train import draw_faces, folder_images, settings_for, train
+    out, cfg = Path(out), settings_for(minutes)   # refuses minutes that are no number
     if size % 8: raise ValueError(f"--size {size} is not a multiple of 8, which this net needs")
     taken = out.is_dir() and any(out.iterdir()) and not (out / "training.safetensors").exists()
     if out.exists() and not out.is_dir() or taken:
