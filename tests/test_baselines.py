@@ -263,17 +263,11 @@ def test_a_rival_goes_on_bit_for_bit(name, tmp_path):
     "Stopped at step 11 of 12, it goes on from its checkpoint; another method is refused there."
     model, request, retain = setting()
     cfg, method = replace(RAW, steps=12), METHODS[name][0]
-    def stopping(problem):   # by its name the same method
-        step_gradient = method(problem)
-        def stops(step, g):
-            if step == 11: raise KeyboardInterrupt
-            return step_gradient(step, g)
-        stops.memory = getattr(step_gradient, "memory", {})
-        return stops
-    stopping.__name__ = method.__name__
+    def stop(step, seen):
+        if step == 10: raise KeyboardInterrupt
     what = dict(checkpoint=tmp_path / "run")
     straight = unlearn(model, [request], retain, cfg, method=method)
-    with pytest.raises(KeyboardInterrupt): unlearn(model, [request], retain, cfg, method=stopping, **what)
+    with pytest.raises(KeyboardInterrupt): unlearn(model, [request], retain, cfg, method=method, watch=stop, **what)
     resumed = unlearn(model, [request], retain, cfg, method=method, **what)
     assert all(torch.equal(straight.delta[k], v) for k, v in resumed.delta.items())
     assert straight.receipt.log == resumed.receipt.log and straight.card["method"] == method.__name__

@@ -6,6 +6,7 @@ import signal
 import sys
 import time
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from test_unlearn import (FORMS, TINY, Stop, apart, child, nan_at, refused, run, same, setting, state_of,
+from test_unlearn import (FORMS, TINY, Stop, apart, child, nan_at, refused, request_of, run, same, setting, state_of,
                           stopping_at, straight, tiny)
+from unlearn_nb.baselines import neggrad_retain
 from unlearn_nb.states import generate
+from unlearn_nb.surgery import plain
 from unlearn_nb.unlearn import Config, unlearn
 
 LONG = replace(TINY, steps=12)
@@ -37,7 +40,7 @@ def test_gone_on_bit_for_bit(tmp_path, form, rule):
     cfg = replace(LONG, surgery=rule, near_images=2, pool=6, **FORMS[form])
     file, model = tmp_path / "run.safetensors", setting()[0]
     before = state_of(model)
-    with pytest.raises(Stop): run(replace(cfg, surgery=stopping_at(11, rule)), checkpoint=file)
+    with pytest.raises(Stop): run(cfg, watch=stopping_at(11), checkpoint=file)
     assert step_of(file) == 10 and state_of(model) == before and len(list(tmp_path.iterdir())) == 1
     resumed, again = run(cfg, checkpoint=file), run(cfg, checkpoint=file)   # and one that has nothing left to do
     for other in (resumed, again):
@@ -51,7 +54,7 @@ def test_gone_on_with_the_same_paths_pushed(tmp_path):
     def describe(x):
         return torch.nn.functional.normalize(x.flatten(1) - x.mean(), dim=1)
     whole = run(cfg, describe=describe)
-    with pytest.raises(Stop): run(replace(cfg, surgery=stopping_at(11)), checkpoint=file, describe=describe)
+    with pytest.raises(Stop): run(cfg, watch=stopping_at(11), checkpoint=file, describe=describe)
     resumed = run(cfg, checkpoint=file, describe=describe)
     assert whole.receipt.log[4]["known"] and whole.receipt.log == resumed.receipt.log
     assert same(whole.delta, resumed.delta) and not same(whole.delta, run(cfg).delta)
@@ -61,7 +64,7 @@ def test_gone_on_with_the_same_paths_pushed(tmp_path):
 def test_a_run_goes_on_with_other_threads(tmp_path, one_thread):
     "What must stay is then computed anew, and rounded otherwise."
     file, whole = tmp_path / "run.safetensors", straight(LONG)
-    with pytest.raises(Stop): run(replace(LONG, surgery=stopping_at(11)), checkpoint=file)
+    with pytest.raises(Stop): run(LONG, watch=stopping_at(11), checkpoint=file)
     torch.set_num_threads(2)
     resumed = run(LONG, checkpoint=file)
     assert step_of(file) == LONG.steps and apart(whole.delta, resumed.delta)[0] < 1e-3
@@ -71,9 +74,9 @@ def test_numbers_that_are_none(tmp_path):
     "A run that stops at one keeps the steps before it, if there are any, and says so."
     cfg = replace(LONG, damping=0.)
     def stopped(call):
-        failing, file = replace(cfg, weight=nan_at(call)), tmp_path / f"{call}.safetensors"
-        act = lambda: run(failing, checkpoint=file)
-        return refused(act, f"step {call - 1}", error=FloatingPointError), file
+        file = tmp_path / f"{call}.safetensors"
+        act = lambda: run(cfg, checkpoint=file)
+        with nan_at(call): return refused(act, f"step {call - 1}", error=FloatingPointError), file
     assert "kept" not in stopped(1)[0] and not list(tmp_path.iterdir())
     for call in (5, 12):
         message, file = stopped(call)
@@ -114,7 +117,8 @@ def test_a_run_about_something_else_is_refused(finished):
         act = lambda: unlearn(model, list(requests), retain, QUICK, checkpoint=finished, **kw)
         refused(act, word, finished)
     refuses("'weights of the model'", model=tiny(seed=1))
-    for change in (dict(seed=6), dict(image=request.surrogate), dict(surrogate=request.image)):
+    more_faces = [request_of(model, seed).image for seed in (7, 9)]
+    for change in (dict(seed=6), dict(image=more_faces[0]), dict(surrogate=more_faces[1])):
         refuses("'requests'", requests=[replace(request, **change)])
     refuses("'requests'", requests=[request, request])
     for other in (more, replace(retain, goal=retain.goal + .01), replace(retain, timesteps=retain.timesteps - 1),
@@ -122,6 +126,45 @@ def test_a_run_about_something_else_is_refused(finished):
         refuses("'what must stay'", retain=other)
     refuses("'earlier requests'", earlier=[request])
     assert finished.read_bytes() == data and same(run(QUICK, checkpoint=finished).delta, straight(QUICK).delta)
+
+
+def scaled(k): return lambda snr: k * snr / (1 + snr)
+def turned(rule, k): return lambda g_f, g_r: rule([k * g for g in g_f], g_r)
+
+
+class Scaled:
+    "A weight that is an object: it has no name of its own."
+    def __init__(self, k): self.k = k
+    def __call__(self, snr): return self.k * snr / (1 + snr)
+
+
+class Silent:
+    "A rule that does not say what it does."
+    __slots__ = ()
+    def __call__(self, g_f, g_r): return g_f
+
+
+@pytest.mark.parametrize("name, of", [("weight", scaled), ("weight", Scaled), ("surgery", partial(turned, plain)),
+                                      ("method", lambda k: partial(neggrad_retain, c=k))])
+def test_a_function_is_known_by_what_it_does(tmp_path, name, of):
+    "Not by its name, which two may share, and not by its place in memory, which no two processes share."
+    file = tmp_path / "run.safetensors"
+    def go(k):
+        how = {name: of(k)}
+        return run(QUICK, checkpoint=file, **how) if name == "method" else run(replace(QUICK, **how), checkpoint=file)
+    first = go(1.)
+    assert same(go(1.).delta, first.delta) and "0x" not in str(first.card)   # the same, made anew: nothing left to do
+    refused(lambda: go(2.), repr(name), file)
+
+
+def test_what_does_not_say_what_it_does_is_refused(tmp_path):
+    refused(lambda: run(replace(QUICK, surgery=Silent()), checkpoint=tmp_path / "x"), "give a function")
+    assert not list(tmp_path.iterdir()) and run(replace(QUICK, surgery=Silent())).card["config"]["surgery"] == "Silent"
+
+
+def test_more_steps_for_a_finished_run_are_refused_in_its_own_words(finished):
+    longer = replace(QUICK, steps=9)
+    refused(lambda: run(longer, checkpoint=finished), "a run of 3 steps", "learning rate is zero", "give 3")
 
 
 def test_a_run_with_other_shares_is_refused(tmp_path):
@@ -192,7 +235,7 @@ def test_killed_once(tmp_path, one_thread):
     "kill -9 in the twelfth step, two after the last save: the run that goes on gives the same bits."
     file, cfg = tmp_path / "run.safetensors", replace(LONG, damping=0.)
     whole = straight(cfg)
-    pid = forked(lambda: run(replace(cfg, surgery=stopping_at(11, how=Kill)), checkpoint=file))
+    pid = forked(lambda: run(cfg, watch=stopping_at(11, Kill), checkpoint=file))
     assert os.waitpid(pid, 0)[1] == signal.SIGKILL and step_of(file) == 10
     (tmp_path / ".run.safetensors.77.part").write_bytes(b"half a file")   # of a run that was killed while it wrote
     resumed = run(cfg, checkpoint=file)
@@ -202,7 +245,7 @@ def test_killed_once(tmp_path, one_thread):
 
 def killed_in(how, cfg, file, rng):
     "A run that kills itself in some step, or in its second save: with part of the new file written, or all of it."
-    if how == "step": cfg = replace(cfg, surgery=stopping_at(rng.randint(1, 14), how=Kill))
+    watch = stopping_at(rng.randint(1, 14), Kill) if how == "step" else ()
     if how in ("fsync", "replace"):
         real, calls = getattr(os, how), []
         def second(*args):
@@ -211,7 +254,7 @@ def killed_in(how, cfg, file, rng):
             if how == "fsync": os.ftruncate(args[0], rng.randint(0, os.fstat(args[0]).st_size))
             die()
         setattr(os, how, second)
-    run(cfg, checkpoint=file)
+    run(cfg, watch=watch, checkpoint=file)
 
 
 def killed_runs(folder, kills, form, seed):

@@ -1,13 +1,14 @@
 "Files: whole or as before, whatever ends the writer; the names that files and nets get by what is in them."
 import errno
 import hashlib
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
 from copy import deepcopy
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import pytest
 import torch
@@ -15,9 +16,10 @@ from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import ROOT
 from unlearn_nb import files
 from unlearn_nb.denoiser import Denoiser
-from unlearn_nb.files import fingerprint, sha256, write
+from unlearn_nb.files import code_sha256, fingerprint, sha256, write
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16
 
@@ -106,6 +108,50 @@ def test_sha256_of_a_file(tmp_path):
         data = bytes(range(256)) * (size // 256 + 1)
         write(tmp_path/'x', data[:size])
         assert sha256(tmp_path/'x') == hashlib.sha256(data[:size]).hexdigest()
+
+
+# --- what a function does ---
+
+HELPERS = """
+K = {k}
+def helper(x): return {body}
+def rule(x, c=1.): # {comment}
+    return [helper(y) + K * c for y in x]
+class Rule:
+    def __init__(self, c): self.c = c
+    def __call__(self, x): return rule(x, self.c)
+"""
+
+
+def module(k=2., body='x', comment=''):
+    names = {'__name__': 'theirs'}
+    exec(HELPERS.format(k=k, body=body, comment=comment), names)
+    return names
+
+
+def closes_over(v): return lambda x: (x, v)
+def itself(n): return n and itself(n - 1)
+
+
+def test_the_hash_of_a_function_is_that_of_what_it_does():
+    "Comments and places in memory do not count; constants, defaults, helpers and what it closes over do."
+    assert code_sha256(module()['rule']) == code_sha256(module(comment='another')['rule'])
+    rules = [module(), module(k=3.), module(body='-x')]
+    hashes = [code_sha256(m['rule']) for m in rules] + [code_sha256(m['Rule'](1.)) for m in rules]
+    hashes += [code_sha256(rules[0]['Rule'](2.)), code_sha256(partial(rules[0]['rule'], c=2.))]
+    hashes += [code_sha256(closes_over(v)) for v in (1, 2., 'a', (1, 2), {'a': 1}, torch.ones(2), rules[0]['rule'])]
+    hashes += [code_sha256(f) for f in (itself, torch.add, torch.mul)]
+    assert len({*hashes}) == len(hashes)
+    for v in (1, {'a': 1}, {'b', 'a', 'c'}, torch.ones(2), rules[1]['rule']):
+        assert code_sha256(closes_over(v)) == code_sha256(closes_over(v))
+
+
+def test_the_hash_of_a_function_is_the_same_in_every_process():
+    code = "from test_files import *; print(code_sha256(module()['rule']), code_sha256(closes_over({'a', 'b'})))"
+    env = os.environ | {'PYTHONPATH': os.pathsep.join([str(ROOT), str(ROOT/'tests')])}
+    found = {subprocess.run([sys.executable, '-c', code], capture_output=True, text=True,
+                            env=env | {'PYTHONHASHSEED': str(seed)}).stdout for seed in (1, 2)}
+    assert len(found) == 1 and found.pop().split()[0] == code_sha256(module()['rule'])
 
 
 # --- the fingerprint ---

@@ -8,6 +8,7 @@ import re
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache, partial
 from types import SimpleNamespace
@@ -150,6 +151,110 @@ def test_not_taken_off_another_model():
     assert equal(weights(other), before)
     fix.remove(d)
     assert fingerprint(d) == fingerprint(base())
+
+
+# --- what does not fit goes on not at all, or in no part ---
+
+def first_layer(delta): return next(k for k in delta if '.lora_A.' in k)
+def without(delta, name): return {k: v for k, v in delta.items() if k != name}
+
+
+def test_what_does_not_fit_is_refused_before_the_first_weight():
+    "A name, a shape, a lost factor, numbers that are none: the right base, and still not of it."
+    d, whole, thin = base(), hotfix(base()), low_rank(base())
+    last = list(whole.delta)[-1]
+    A, B = first_layer(thin.delta), first_layer(thin.delta).replace('lora_A', 'lora_B')
+    nan = torch.full_like(whole.delta[last], float('nan'))
+    before = weights(d)
+    more = whole.delta | {'conv.weight': torch.zeros(2)}
+    for delta, says in ((more, "'conv.weight' of shape [2], but this model has none"),
+                        (whole.delta | {last: whole.delta[last][None]}, 'but this model has one of'),
+                        (whole.delta | {last: nan}, 'numbers in'), (whole.delta | {last: nan / 0}, 'numbers in'),
+                        (without(thin.delta, A), 'one factor'), (without(thin.delta, B), 'one factor'),
+                        (thin.delta | {A: thin.delta[A][:1]}, 'do not fit each other'),
+                        (thin.delta | {A: thin.delta[A].repeat(1, 2, *[1] * (thin.delta[A].dim() - 2))}, 'has one of')):
+        refused(lambda: Hotfix(delta, whole.card).apply(d), says)
+        assert equal(weights(d), before) and not d.hotfixes and not d.base
+
+
+def test_interrupted_while_it_goes_on_it_is_off(monkeypatch):
+    d, under = base(), hotfix(base(), 1, part=2)
+    under.apply(d)
+    before, calls = weights(d), []
+    def interrupted(delta, name):
+        calls.append(name)
+        if len(calls) == 5: raise KeyboardInterrupt
+        return change(delta, name)
+    monkeypatch.setattr(module, 'change', interrupted)
+    with pytest.raises(KeyboardInterrupt): hotfix(base(), part=1).apply(d)
+    assert equal(weights(d), before) and d.hotfixes == [under]
+
+
+# --- one and the same ---
+
+def test_a_hotfix_is_known_by_its_change(tmp_path):
+    "The same one, loaded anew, is equal, and comes off where the first went on; apply gives the model."
+    d, fix, other = base(), hotfix(base()), hotfix(base(), 1)
+    fix.save(tmp_path)
+    again = Hotfix.load(tmp_path)
+    assert again == fix != other and len({fix, again, other}) == 2 and fix != fix.id
+    assert fix.apply(d) is d and again in d.hotfixes and again.remove(d) is d
+    assert fingerprint(d) == fingerprint(base()) and not d.hotfixes
+
+
+def test_what_is_shown_of_a_hotfix():
+    "What it is, and nothing that its card does not say."
+    d = base()
+    fix = answered(d, [Request(RED, BLUE, SEED)])
+    for text in (repr(fix), fix._repr_html_()):
+        assert all(word in text for word in (fix.id[:12], 'tiny', 'whole', 'requests')) and str(SEED) not in text
+    assert 'rank 2' in repr(low_rank(d)) and '\n' not in repr(low_rank(d))
+
+
+# --- threads ---
+
+def in_threads(n, act):
+    "act(k) in n threads at once; what one of them raises is raised."
+    with ThreadPoolExecutor(n) as threads: return list(threads.map(act, range(n)))
+
+
+def test_threads_that_put_on_and_take_off_lose_nothing():
+    "Each sees the model with its own hotfix, or with none, and nothing else; at last the base is back, bit for bit."
+    d, n = base(), 4
+    fixes, mark = [hotfix(d, seed, part=1) for seed in range(n)], fingerprint(d)
+    plain, marks = d.sample([3], steps=2), []
+    for fix in fixes:
+        with fix.on(d) as same: marks.append((fingerprint(same), d.sample([3], steps=2)))
+    def act(k):
+        for _ in range(6):
+            with fixes[k].on(d):
+                assert d.hotfixes == [fixes[k]] and fingerprint(d) == marks[k][0]
+                assert torch.equal(d.sample([3], steps=2), marks[k][1])
+            with d.lock: assert not d.hotfixes and torch.equal(d.sample([3], steps=2), plain)
+    in_threads(n, act)
+    assert fingerprint(d) == mark and not d.base and not d.hotfixes
+    def loose(k):   # without the block: they lie on top of each other in any order
+        for _ in range(6):
+            fixes[k].apply(d)
+            fixes[k].remove(d)
+    in_threads(n, loose)
+    assert fingerprint(d) == mark and not d.base and not d.hotfixes
+
+
+def test_on_for_a_while_it_comes_off_whatever_happens():
+    d, fix = base(), hotfix(base())
+    with pytest.raises(ZeroDivisionError), fix.on(d): 1 / 0
+    assert fingerprint(d) == fingerprint(base())
+    with fix.on(d), hotfix(base(), 1).on(d):
+        refused(lambda: fix.on(d).__enter__(), 'already applied')
+        assert len(d.hotfixes) == 2
+    assert fingerprint(d) == fingerprint(base())
+
+
+def test_two_readers_are_safe():
+    d = base()
+    alone = [d.sample([k], steps=3) for k in range(4)]
+    assert all(map(torch.equal, in_threads(4, lambda k: d.sample([k], steps=3)), alone))
 
 
 # --- several, in any order ---

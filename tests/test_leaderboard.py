@@ -89,6 +89,33 @@ def test_a_board_is_computed_once(small, tmp_path, monkeypatch):
     assert done + 1 + 8 <= len(runs) <= done + 1 + 10
 
 
+def test_other_code_is_another_row(small, tmp_path, monkeypatch):
+    "Under one name; and the same code under one name is the same row."
+    runs = []
+    monkeypatch.setattr(L, "run_row", lambda *what: runs.append(what) or {"made": len(runs)})
+    def mine(sign): return lambda problem: lambda step, g: ([sign * p for p in problem.parametrization.params], {})
+    def row(sign): return Board(small, tmp_path, 1, {"mine": (mine(sign), [{}])}).row("mine", {}, 5, False)["made"]
+    assert [row(1), row(-1), row(1), row(-1)] == [1, 2, 1, 2] and len(runs) == 2
+
+
+def test_a_method_of_ones_own_on_the_board(small, tmp_path, monkeypatch):
+    "With settings of its own, functions among them; names of the shipped ones still work, one alone, too."
+    runs = []
+    def fake(board, method, cfg, seed, panel):
+        runs.append((method, cfg))
+        return {k: v for k, v in row(psnr=20. + cfg.lr).items() if k != "setting"}
+    monkeypatch.setattr(L, "run_row", fake)
+    def mine(problem, c=1.): return lambda step, g: ([c * p for p in problem.parametrization.params], {})
+    def curve(snr): return snr / (1 + snr)
+    own = {"mine": (mine, [{"lr": 1., "c": 2., "weight": curve}, {"lr": 2., "c": 2., "weight": "abar"}])}
+    found = leaderboard(small, tmp_path, own, seeds=(5,), tuning=(7,), budget=1, **quiet)
+    method, cfg = runs[0]
+    assert (method.func, method.keywords, cfg.lr, cfg.weight, cfg.steps) == (mine, {"c": 2.}, 1., curve, 1)
+    assert found["mine"]["setting"] == {"lr": 18., "c": 2., "weight": "abar"} and len(runs) == 5
+    assert found["mine"]["search"][0]["setting"]["weight"] == "curve" and (tmp_path / "leaderboard.png").exists()
+    assert [*leaderboard(small, tmp_path, "naive", seeds=(5,), tuning=(7,), budget=1, **quiet)] == ["naive"]
+
+
 def test_other_defaults_are_other_rows(small, tmp_path, monkeypatch):
     "A row that was made before a default changed is not taken for one that was made after it."
     board, runs = Board(small, tmp_path, budget=1), []
@@ -167,6 +194,9 @@ def test_short_keeps_five_digits(v):
 
 def test_what_cannot_be_compared_is_refused(small, tmp_path):
     for what, words in ((dict(methods=("nobody",)), "nobody.*naive"),
+                        (dict(methods={"mine": print}), "'mine' is.*give a pair"),
+                        (dict(methods={"a": (print, [])}), "give a pair"),
+                        (dict(methods={"a": (print, [5])}), "give a pair"),
                         (dict(methods=("naive",), seeds=(200,)), "200.*tuning")):
         with pytest.raises(ValueError, match=words): leaderboard(small, tmp_path, **what)
 

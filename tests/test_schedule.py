@@ -214,6 +214,8 @@ def test_what_does_not_exist_is_refused_in_one_sentence():
         (lambda: generators(["a"]), "seed 'a' is no seed"),
         (lambda: generators([2 ** 63]), "is no seed"),
         (lambda: generators([]), "no seeds were given"),
+        (lambda: generators(0), "seeds is 0; give a list of whole numbers, such as [0]"),
+        (lambda: generators(None), "seeds is None"),
         (lambda: ddpm().timesteps(999, 0), "steps = 0 makes no picture"),
         (lambda: ddpm().timesteps(1000, 5), "level t = 1000 does not exist; this model has levels 0 ... 999"),
         (lambda: ddpm().timesteps(-1, 5), "level t = -1 does not exist"),

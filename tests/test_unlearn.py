@@ -14,12 +14,13 @@ import pytest
 import torch
 from accelerate import PartialState
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.utils import logging
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
 from conftest import ROOT
-from unlearn_nb import states, surgery
+from unlearn_nb import states, surgery, weights
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.files import fingerprint
 from unlearn_nb.hotfix import Hotfix, change, changed
@@ -112,25 +113,25 @@ def on(model, fix):
 class Stop(Exception): pass
 
 
-def stopping_at(call, rule="vaccine", how=Stop):
-    "The named rule of surgery, which stops the run when it is called for that time; by its name the same rule."
-    calls, project = [], surgery.get(rule)
-    def stops(g_f, g_r):
+def stopping_at(call, how=Stop):
+    "A watcher that stops the run when it is called for that time, which is once a step."
+    calls = []
+    def watch(step, seen):
         calls.append(1)
         if len(calls) == call: raise how
-        return project(g_f, g_r)
-    stops.__name__, stops.memory = rule, getattr(project, "memory", {})
-    return stops
+    return watch
 
 
+@contextmanager
 def nan_at(call):
-    "The weight min_snr, and no number at that call, which is once a step."
+    "For a while the weight called min_snr gives no number at that call, which is once a step."
     calls = []
     def weight(snr):
         calls.append(1)
         return snr * float("nan") if len(calls) == call else min_snr(snr)
-    weight.__name__ = "min_snr"
-    return weight
+    with pytest.MonkeyPatch.context() as m:
+        m.setitem(weights.WEIGHTS, "min_snr", weight)
+        yield
 
 
 def child(file, *args, launcher=()):
@@ -177,8 +178,8 @@ def test_base_comes_back_after_whatever_happens():
     model = setting()[0]
     before = state_of(model)
     for form, how in zip(FORMS.values(), (Stop, KeyboardInterrupt) * 2):
-        cfg = replace(TINY, surgery=stopping_at(1, how=how), gradient_checkpointing=how is Stop, **form)
-        with pytest.raises(how): run(cfg)
+        cfg = replace(TINY, gradient_checkpointing=how is Stop, **form)
+        with pytest.raises(how): run(cfg, watch=stopping_at(2, how))
         assert state_of(model) == before
 
 
@@ -195,6 +196,53 @@ def test_the_watcher_sees_every_step_and_its_weights(form):
         if step == 1: raise Stop
     with pytest.raises(Stop): run(replace(TINY, **form), watch=stop)
     assert state_of(model) == before
+
+
+def test_a_watcher_that_has_seen_enough_ends_the_run_with_its_hotfix(tmp_path):
+    "All watchers see every step; the change is that of the steps so far; a checkpoint of it can be gone on with."
+    model, file, cfg = setting()[0], tmp_path / "run.safetensors", replace(TINY, steps=4)
+    before, seen = state_of(model), []
+    def enough(step, what): return step == 1
+    fix = run(cfg, watch=[enough, lambda step, what: seen.append((step, what))], checkpoint=file)
+    assert state_of(model) == before and [step for step, _ in seen] == [0, 1] and fix.card["cost"]["steps"] == 2
+    assert [row["lr"] for row in fix.receipt.log] == pytest.approx([cfg.lr, cfg.lr * .8536], rel=1e-4)
+    assert all(row["norm"] > 0 for row in fix.receipt.log)
+    whole, marks = run(cfg), []
+    def mark(step, what): marks.append({k: v.clone() for k, v in model.net.state_dict().items()})
+    run(cfg, watch=mark)
+    with on(model, fix):
+        assert all(torch.allclose(v, marks[1][k], atol=1e-3) for k, v in model.net.state_dict().items())
+    assert same(run(cfg, checkpoint=file).delta, whole.delta) and not same(fix.delta, whole.delta)
+
+
+def test_whatever_mode_the_caller_is_in():
+    "Without gradients, in inference mode; but not a model that was made in it."
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode(): assert same(run().delta, straight().delta)
+    with torch.inference_mode(): frozen = tiny()
+    _, request, retain = setting()
+    refused(lambda: unlearn(frozen, [request], retain, TINY), "inference_mode", "outside")
+
+
+def test_progress_is_shown_where_diffusers_shows_it(capfd):
+    for switch, shown in ((logging.disable_progress_bar, False), (logging.enable_progress_bar, True)):
+        switch()
+        run(replace(TINY, steps=1, damping=0.))
+        assert ("unlearn" in capfd.readouterr().err) == shown
+
+
+def test_paths_of_the_base_are_kept_for_other_requests(tmp_path, monkeypatch):
+    "The second request to a model makes none of the common paths, and gets what it would have got without a cache."
+    model, made = tiny(), []
+    cfg = replace(TINY, near_images=2, pool=6)
+    def counted(denoiser, seeds, *a, **kw): return made.append(len(seeds)) or generate(denoiser, seeds, *a, **kw)
+    monkeypatch.setattr("unlearn_nb.states.generate", counted)
+    unlearn(model, request_of(model), cfg=cfg, cache=tmp_path)
+    first, other = sum(made), request_of(model, 9)
+    model.pool.clear(), made.clear()
+    fix = unlearn(model, other, cfg=cfg, cache=tmp_path)
+    assert first - sum(made) >= cfg.retain_images + cfg.pool
+    assert same(fix.delta, unlearn(model, other, cfg=cfg).delta)
 
 
 def test_models_that_come_in_another_state(tmp_path):
@@ -419,7 +467,7 @@ def test_the_log_says_what_happened():
         assert json.loads(json.dumps(card, allow_nan=False)) == card and card["config"]["surgery"] == "spy"
         first, *log = fix.receipt.log
         assert len(log) == len(seen) == cfg.steps - 1 == card["cost"]["steps"] - 1   # no surgery in the first step
-        assert first["retain"] < 1e-9 and list(first) == ["forget", "retain", "cosine", "ratio"]
+        assert first["retain"] < 1e-9 and list(first) == ["forget", "retain", "cosine", "ratio", "lr", "norm"]
         for row, (g_f, g_r) in zip(log, seen):
             assert row["forget"] > 0 <= row["retain"] and abs(row["cosine"]) <= 1 + 1e-6
             assert norm(g_f) > 10 * cfg.clip   # surgery comes before the clipping
@@ -478,7 +526,16 @@ def test_settings_at_the_edge_work():
 
 def test_bad_requests():
     model, r, _ = setting()
-    refused(lambda: unlearn(model, [], cfg=TINY), "no request")
+    assert same(unlearn(model, r, setting()[2], TINY).delta, straight().delta)   # a single one is a list of one
+    assert {r: 1}[replace(r)] == 1 and r != replace(r, seed=6)                   # and can be a key
+    x = model.encode([r.image])
+    for empty in ([], None): refused(lambda: unlearn(model, empty, cfg=TINY), "no request")
+    for bad, says in (("face.png", "'face.png' is no request"), ([r, 5], "'5' is no request"),
+                      (replace(r, image="face.png"), "image of a request is a str; give a PIL image, such as read"),
+                      (replace(r, surrogate=Path("x")), "surrogate of a request is a"), (replace(r, image=x), "Tensor"),
+                      (replace(r, image=x[0].numpy()), "ndarray"), (replace(r, surrogate=None), "NoneType"),
+                      (replace(r, surrogate=r.image.copy()), "nothing would be forgotten")):
+        refused(lambda: unlearn(model, bad, cfg=TINY), says)
     for bad, says in ((replace(r, seed=-1), "seed -1"), (replace(r, surrogate=r.surrogate.resize((16, 16))), "16 x 16"),
                       (replace(r, image=r.image.resize((4, 8))), "4 x 8")):
         refused(lambda: unlearn(model, [r, bad], cfg=TINY), says)
@@ -491,8 +548,7 @@ def test_not_finite_stops_with_the_step_named_and_the_base_back(form):
     before = state_of(model)
     def stops(*words, **how):
         return refused(lambda: run(replace(TINY, **how, **form)), *words, error=FloatingPointError)
-    assert "kept" not in stops("step 2", "0.001", weight=nan_at(3))
-    stops("step 0", weight=lambda snr: snr * float("nan"))
+    with nan_at(3): assert "kept" not in stops("step 2", "0.001")
     stops("step 1", "1e+30", lr=1e30)
     assert state_of(model) == before
 
@@ -504,6 +560,47 @@ def test_a_model_that_is_no_number():
         with pytest.raises((ValueError, FloatingPointError)) as e:
             unlearn(model, [request], retain, replace(TINY, **form))
         assert type(e.value) in (ValueError, FloatingPointError) and "\n" not in str(e.value)
+
+
+def test_what_cannot_stay_is_refused(monkeypatch):
+    "In one sentence, before anything is computed: nothing, a folder, a tensor, states of another model."
+    model, r, retain = setting()
+    large, words = generate(tiny(size=16), [1], 4), dict(cond=torch.zeros(len(retain.x0), dtype=torch.long))
+    monkeypatch.setattr("unlearn_nb.unlearn.learn", lambda *_: pytest.fail("the model ran"))
+    for bad, says in (([], "retain is empty"), (retain.x0, "retain is a Tensor"), ("folder", "retain is a str"),
+                      (Path("folder"), "Path; give what"), ([retain], "part of retain is a States"),
+                      ([(0, retain)], "shares above 0"), ([(1, [])], "is empty"), ([(1, "x")], "retain is a str"),
+                      (large, "[3, 16, 16], but this model makes [3, 8, 8]"),
+                      (replace(retain, **words), "other prompts"),
+                      (replace(retain, timesteps=retain.timesteps + 1000), "above the 1000 levels"),
+                      (replace(retain, x_t=retain.x_t[:0]), "no states")):
+        refused(lambda: unlearn(model, r, bad, TINY), says)
+
+
+def test_weights_rules_and_descriptors_that_are_none(monkeypatch):
+    "A weight that pushes away, or weighs every picture by every level, and so on: refused before the first step."
+    def grown(x): return 90 * x.flatten(1)
+    for how, says in ((dict(weight=lambda snr: -snr), "gives -1e-08 at snr = 1e-08"),
+                      (dict(weight=lambda snr: snr[:, None]), "gives shape [4001, 1]"),
+                      (dict(weight=lambda snr: 1.), "gives a float"), (dict(retain_weight=torch.log), "'log' gives -"),
+                      (dict(weight=lambda snr: snr * float("nan")), "gives nan")):
+        refused(lambda: run(replace(TINY, **how)), says)
+    for describe, says in ((grown, "'grown' gives vectors whose lengths are"), ("sscd", "'sscd'; give a function"),
+                           (lambda x: x, "gives [1, 3, 8, 8] for 1 pictures"), (lambda x: 1., "gives float for 1")):
+        refused(lambda: run(describe=describe), says)
+
+
+@both
+def test_a_direction_that_does_not_fit_is_refused(form):
+    "One tensor too few would leave an old gradient in its place for ever."
+    model = setting()[0]
+    before = state_of(model)
+    for cut, says in ((lambda d: d[:-1], "tensors for the"), (lambda d: [*d, d[0]], "tensors for the"),
+                      (lambda d: [d[0][None], *d[1:]], "number 0 is [(1, "),
+                      (lambda d: [*d[:-1], 0.], "is [()] where")):
+        def rule(g_f, g_r): return cut(g_f)
+        refused(lambda: run(replace(TINY, surgery=rule, **form)), says, "give one of the same shape for each")
+    assert state_of(model) == before
 
 
 if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])

@@ -6,6 +6,9 @@
 __all__ = ['MOST_PIXELS', 'Denoiser', 'max_batch', 'opaque', 'read_image']
 
 # %% ../nbs/02_denoiser.ipynb #e2999a76
+from threading import RLock
+from weakref import WeakKeyDictionary
+
 import numpy as np
 import torch
 from PIL import Image, ImageOps
@@ -55,6 +58,13 @@ def kind_of(net, nets):
         if kind.__name__ in nets: return kind.__name__
     raise ValueError(f"the net is a {type(net).__name__}; expected one of {', '.join(nets)}")
 
+# %% ../nbs/02_denoiser.ipynb #a7545a98
+LOCKS, GUARD = WeakKeyDictionary(), RLock()   # not in the denoiser, which can be copied
+
+def lock_of(denoiser):
+    "The lock of a denoiser, always the same one."
+    with GUARD: return LOCKS.setdefault(denoiser, RLock())
+
 # %% ../nbs/02_denoiser.ipynb #94b471cf
 class Denoiser:
     """A diffusers net and its scheduler, seen as one thing; it owns no training state.
@@ -90,6 +100,7 @@ class Denoiser:
     dtype = property(lambda self: self.net.dtype)
     prediction = property(lambda self: self.schedule.prediction)
     T = property(lambda self: self.schedule.T)
+    lock = property(lambda self: lock_of(self))   # `with denoiser.lock:` nobody else changes the weights
 
     @property
     def layout(self):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'change', 'changed', 'low_rank', 'check_base', 'Hotfix', 'picture_sha256', 'commitment', 'Receipt', 'verify',
-           'name_of', 'cost_of', 'card', 'merge', 'private_folder', 'read_receipt']
+           'cost_of', 'card', 'merge', 'private_folder', 'read_receipt']
 
 # %% ../nbs/10_hotfix.ipynb #2c686c81
 import hashlib
@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import secrets
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import zip_longest
@@ -26,8 +27,8 @@ from torch.nn import functional as F
 
 from . import __version__
 from .denoiser import read_image
-from .figures import png_bytes
-from .files import fingerprint, write
+from .figures import Table, png_bytes
+from .files import fingerprint, name_of, write
 from .states import Request
 
 try: import resource   # not on Windows: there the peak of memory is not reported
@@ -86,11 +87,28 @@ def check_base(denoiser, base):
                          f"{found[:12]}; load the base that it was made for")
 
 # %% ../nbs/10_hotfix.ipynb #0c0d4e06
+def check_fits(denoiser, delta):
+    "ValueError unless a change is of weights that a net has, in their shapes, and finite."
+    weights, found = denoiser.net.state_dict(), {re.sub(PART, "", k): v for k, v in delta.items()}
+    for k in changed(delta):
+        A, B = (found.get(k.removesuffix("weight") + f"lora_{side}.weight") for side in "AB")
+        whole = found.get(k)
+        if whole is None and (A is None or B is None or B.flatten(1).shape[1] != len(A)):
+            raise ValueError(f"this hotfix holds one factor of {k!r}, or two that do not fit each other; make it again")
+        shape = whole.shape if whole is not None else (len(B), *A.shape[1:])
+        if k not in weights or tuple(weights[k].shape) != tuple(shape):
+            there = "has none of that name" if k not in weights else f"has one of {list(weights[k].shape)}"
+            raise ValueError(f"this hotfix changes a weight {k!r} of shape {list(shape)}, but this model {there}; "
+                             "load the model that it was made for")
+    for k, v in delta.items():
+        if not v.isfinite().all():
+            raise ValueError(f"this hotfix holds numbers in {k!r} that are none; make it again with a smaller lr")
+
 def check_free(denoiser, hotfix):
-    "ValueError if a hotfix is on the denoiser already, or was made for another base."
-    if any(h.id == hotfix.id for h in denoiser.hotfixes):
-        raise ValueError("this hotfix is already applied; remove it first")
+    "ValueError if a hotfix is on the denoiser already, was made for another base, or does not fit."
+    if hotfix in denoiser.hotfixes: raise ValueError("this hotfix is already applied; remove it first")
     check_base(denoiser, hotfix.card["base"])
+    check_fits(denoiser, hotfix.delta)
 
 def check_on(denoiser, hotfix):
     "ValueError unless a hotfix is on the denoiser."
@@ -98,10 +116,46 @@ def check_on(denoiser, hotfix):
         raise ValueError("this hotfix is not applied to this model; "
                          "remove it from the one that it was applied to")
 
+# %% ../nbs/10_hotfix.ipynb #4652ab8d
+def outline(hotfix):
+    "What a hotfix is, in a few pairs (what, value), for people: nothing that its card does not say."
+    card, names = hotfix.card, changed(hotfix.delta)
+    ranks = sorted({len(v) for k, v in hotfix.delta.items() if ".lora_A." in k})
+    form = f"rank {', '.join(map(str, ranks))}" if ranks else "whole"
+    megabytes = sum(v.numel() * v.element_size() for v in hotfix.delta.values()) / 1e6
+    asked = {"requests": len(card["requests"])} if "requests" in card else {}
+    return [*{"id": hotfix.id[:12], "base": card["base"]["id"], "weights": f"{len(names)}, {form}",
+              "size": f"{megabytes:.2f} MB"}.items(), *asked.items()]
+
+# %% ../nbs/10_hotfix.ipynb #d24d8f37
+def put_on(denoiser, hotfix):
+    "Add a change to the weights, on top of those that are on: all of it or, if it is stopped, nothing."
+    check_free(denoiser, hotfix)
+    weights, names = denoiser.net.state_dict(), changed(hotfix.delta)
+    for k in names: denoiser.base.setdefault(k, weights[k].clone())
+    denoiser.hotfixes.append(hotfix)
+    try:
+        for k in names: weights[k].add_(change(hotfix.delta, k).to(weights[k]))
+    except BaseException:   # Ctrl-C, no memory
+        take_off(denoiser, hotfix)
+        raise
+
+def take_off(denoiser, hotfix):
+    "Take a change off the weights: the sum of base and other hotfixes, anew."
+    check_on(denoiser, hotfix)
+    denoiser.hotfixes.remove(hotfix)
+    weights = denoiser.net.state_dict()
+    for k in changed(hotfix.delta):
+        above = [h for h in denoiser.hotfixes if k in changed(h.delta)]
+        weights[k].copy_(denoiser.base[k] if above else denoiser.base.pop(k))
+        for h in above: weights[k].add_(change(h.delta, k).to(weights[k]))
+
 # %% ../nbs/10_hotfix.ipynb #e24edef6
 class Hotfix:
     """A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`.
-    receipt: the `Receipt` that stays with the provider, where it is at hand."""
+    receipt: the `Receipt` that stays with the provider, where it is at hand.
+
+    Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads."""
 
     def __init__(self, delta, card, receipt=None):
         self.delta, self.card, self.receipt = delta, card, receipt
@@ -111,23 +165,37 @@ class Hotfix:
         "SHA-256 of the change as it is stored."
         return hashlib.sha256(save(self.delta, METADATA)).hexdigest()
 
+    def __eq__(self, other): return isinstance(other, Hotfix) and self.id == other.id
+    def __hash__(self): return hash(self.id)
+
+    def __repr__(self):
+        return f"Hotfix({', '.join(f'{k}: {v}' for k, v in outline(self))})"
+
+    def _repr_html_(self): return Table(["hotfix", ""], outline(self))._repr_html_()
+
     def apply(self, denoiser):
-        "Add the change, on top of the hotfixes that are on. ValueError for a net of another base."
-        check_free(denoiser, self)
-        weights = denoiser.net.state_dict()
-        for k in changed(self.delta): denoiser.base.setdefault(k, weights[k].clone())
-        denoiser.hotfixes.append(self)
-        for k in changed(self.delta): weights[k].add_(change(self.delta, k).to(weights[k]))
+        """Add the change, on top of the hotfixes that are on; returns the denoiser.
+
+        All or nothing. ValueError for a net of another base, or what is on already."""
+        with denoiser.lock: put_on(denoiser, self)
+        return denoiser
 
     def remove(self, denoiser):
-        "Take the change off: left is the base with the other hotfixes in their order, bit for bit."
-        check_on(denoiser, self)
-        denoiser.hotfixes.remove(self)
-        weights = denoiser.net.state_dict()
-        for k in changed(self.delta):
-            above = [h for h in denoiser.hotfixes if k in changed(h.delta)]
-            weights[k].copy_(denoiser.base[k] if above else denoiser.base.pop(k))
-            for h in above: weights[k].add_(change(h.delta, k).to(weights[k]))
+        """Take the change off; returns the denoiser.
+
+        Left is the base with the other hotfixes in their order, bit for bit. ValueError if it is not on."""
+        with denoiser.lock: take_off(denoiser, self)
+        return denoiser
+
+    @contextmanager
+    def on(self, denoiser):
+        """`with hotfix.on(denoiser):` the change is on, and comes off at the end, whatever happens.
+
+        The block holds `denoiser.lock`: no other thread puts anything on or takes it off meanwhile."""
+        with denoiser.lock:
+            self.apply(denoiser)
+            try: yield denoiser
+            finally: self.remove(denoiser)
 
     def save(self, folder):
         "Write the receipt, if any, into `private_folder(folder)`, then the change, and the card last."
@@ -181,12 +249,6 @@ def verify(hotfix, receipt):
     return [hmac.compare_digest(str(a).encode(), b.encode()) for a, b in pairs]
 
 # %% ../nbs/10_hotfix.ipynb #ac1ce8b7
-def name_of(v):
-    "A setting or a function as a card names it: numbers and texts as they are, others by name."
-    if isinstance(v, partial):
-        return f"{v.func.__name__}({', '.join(f'{k}={x}' for k, x in v.keywords.items())})"
-    return v if isinstance(v, (int, float, str)) else getattr(v, "__name__", repr(v))
-
 def cost_of(denoiser, steps, seconds):
     "What a run cost, for its card: steps, seconds, peak of memory, device."
     cuda = denoiser.device.type == "cuda"
@@ -223,7 +285,7 @@ def card(denoiser, requests, cfg, log, seconds, method, told=None):
     return {"schema": SCHEMA, "base": base, "on": [h.id for h in denoiser.hotfixes],
             "requests": receipt.commitments, "method": name_of(method),
             "config": {k: name_of(v) for k, v in vars(cfg).items()},
-            "cost": cost_of(denoiser, cfg.steps, seconds), "versions": versions}, receipt
+            "cost": cost_of(denoiser, len(log), seconds), "versions": versions}, receipt
 
 # %% ../nbs/10_hotfix.ipynb #m3rg3p04
 def side_by_side(deltas):

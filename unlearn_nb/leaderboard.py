@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['METHODS', 'SHARED', 'Board', 'split', 'run_row', 'forgotten', 'score', 'beyond_edge', 'tune_and_test', 'summary',
-           'board_table', 'board_figure', 'short', 'leaderboard']
+           'board_table', 'board_figure', 'short', 'chosen', 'leaderboard']
 
 # %% ../nbs/workshop/leaderboard.ipynb #2b3edbfa
 import hashlib
@@ -19,8 +19,9 @@ import torch
 
 from .baselines import (doco, erasediff, finetune, naive, neggrad, neggrad_retain, no_edit, paper, retrack,
                                   rgd, salun, selective_amnesia, siss, siss_no_is)
+from .checkpoint import known_by
 from .figures import BASE, EDITED, Table, png_bytes, to_image
-from .files import fingerprint, write
+from .files import code_sha256, fingerprint, name_of, write
 from .metrics import interval
 from .report import evaluate, outputs
 from .states import Request, default_retain, find_copies
@@ -80,8 +81,9 @@ COEFFICIENTS = ("lr", "c", "eta", "alpha", "lam")
 class Board:
     "A folder of rows about one model, and what its runs share: requests, what must stay, what the base model gives."
 
-    def __init__(self, denoiser, folder, budget=50):
+    def __init__(self, denoiser, folder, budget=50, methods=None):
         self.denoiser, self.folder, self.budget, self.kept = denoiser, Path(folder), budget, {}
+        self.methods = METHODS if methods is None else methods
         self.base = fingerprint(denoiser)
         (self.folder / "rows").mkdir(parents=True, exist_ok=True)
 
@@ -100,13 +102,15 @@ class Board:
     def row(self, name, setting, seed, tuning):
         "What a method with a setting does to a seed: from its file, or run now and written there."
         panel, (cfg, rest) = PANELS[tuning], split(setting, self.budget)
-        key = {"base": self.base, "method": name, "setting": setting, "seed": seed, "budget": self.budget,
-               "panel": [panel[0], panel[-1] + 1]}
-        digest = hashlib.sha256(json.dumps(key | {"config": repr(cfg)}, sort_keys=True).encode()).hexdigest()
+        method, said = self.methods[name][0], {k: name_of(v) if callable(v) else v for k, v in setting.items()}
+        key = {"base": self.base, "method": name, "code": code_sha256(method), "setting": said, "seed": seed,
+               "budget": self.budget, "panel": [panel[0], panel[-1] + 1]}
+        config = {k: known_by(k, v) for k, v in vars(cfg).items()}
+        digest = hashlib.sha256(json.dumps(key | {"config": config}, sort_keys=True).encode()).hexdigest()
         file = self.folder / "rows" / f"{digest[:16]}.json"
         if not file.exists():
-            method = partial(METHODS[name][0], **rest)
-            write(file, json.dumps(key | run_row(self, method, cfg, seed, panel)).encode())
+            row = run_row(self, partial(method, **rest), cfg, seed, panel)
+            write(file, json.dumps(key | row).encode())
         return json.loads(file.read_text())
 
 # %% ../nbs/workshop/leaderboard.ipynb #67490ee3
@@ -164,25 +168,26 @@ def tune_and_test(board, name, tuning=TUNING, seeds=TESTS, echo=print):
     """Search and test one method by `RULE`.
 
     Returns {setting: the chosen one, rows: its rows on the test seeds, search: all rows on the tuning seeds}."""
-    tried, rows = [], []   # tried: a setting's rows on the tuning seeds
+    tried, rows = [], []   # tried: (setting, its rows on the tuning seeds)
     def run(setting, seed, into, tuning=True):
         into.append(row := board.row(name, setting, seed, tuning))
         became = "diverged" if "diverged" in row else f"F {forgotten(row):.2f}, {row['psnr_median']:.1f} dB"
         echo(f"{name}: {'tuning' if tuning else 'test'} seed {seed}, {text(setting)}: {became}")
-    def ranked(): return sorted(tried, key=score, reverse=True)
+    def ranked(): return sorted(tried, key=lambda one: score(one[1]), reverse=True)
     def first(setting):
-        tried.append([])
-        run(setting, tuning[0], tried[-1])
-    for setting in METHODS[name][1]: first(setting)
+        tried.append((setting, []))
+        run(setting, tuning[0], tried[-1][1])
+    for setting in board.methods[name][1]: first(setting)
     for _ in range(2):
-        beyond = beyond_edge([r[0]["setting"] for r in tried], ranked()[0][0]["setting"])
+        beyond = beyond_edge([setting for setting, _ in tried], ranked()[0][0])
         if not beyond: break
         first(beyond[0])
     for seed in tuning[1:]:
-        for r in ranked()[:2]: run(r[0]["setting"], seed, r)
-    best = next(r for r in ranked() if len(r) == len(tuning))[0]["setting"]
+        for setting, made in ranked()[:2]: run(setting, seed, made)
+    best = next(setting for setting, made in ranked() if len(made) == len(tuning))
     for seed in seeds: run(best, seed, rows, False)
-    return {"setting": best, "rows": rows, "search": [row for r in tried for row in r]}
+    best = {k: name_of(v) if callable(v) else v for k, v in best.items()}
+    return {"setting": best, "rows": rows, "search": [row for _, made in tried for row in made]}
 
 # %% ../nbs/workshop/leaderboard.ipynb #bchance1
 CHANCE = 13.   # dB between pictures of different seeds: nothing is kept
@@ -282,16 +287,30 @@ def short(v):
     if isinstance(v, dict): return {k: short(x) for k, x in v.items()}
     return [short(x) for x in v] if isinstance(v, list) else float(f"{v:.5g}") if isinstance(v, float) else v
 
-def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TUNING, budget=50, echo=print):
-    """Run, or go on with, a board of the named methods: {method: {setting, rows, search}}.
+def chosen(methods):
+    "{name: (method, its settings)} of names, or of one's own {name: (method, settings)}; ValueError for what is none."
+    if isinstance(methods, str): methods = [methods]
+    if not isinstance(methods, dict):
+        if unknown := [m for m in methods if m not in METHODS]:
+            raise ValueError(f"method {unknown[0]!r} is not known; expected one of {', '.join(METHODS)}")
+        return {name: METHODS[name] for name in methods}
+    for name, entry in methods.items():
+        fits = isinstance(entry, (tuple, list)) and len(entry) == 2 and callable(entry[0]) and entry[1]
+        if not (fits and all(isinstance(s, dict) for s in entry[1])):
+            raise ValueError(f"method {name!r} is {str(entry)[:60]}; give a pair: a function problem -> step_gradient, "
+                             "and a list of settings, such as [{'lr': 1e-3}]")
+    return methods
 
-    Writes `leaderboard.json`, `.txt` and `.png` into the folder. seeds: of the test; tuning: seeds of the search;
-    budget: steps. ValueError for an unknown method, or a seed that is in both."""
-    if unknown := [m for m in methods if m not in METHODS]:
-        raise ValueError(f"method {unknown[0]!r} is not known; expected one of {', '.join(METHODS)}")
+def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TUNING, budget=50, echo=print):
+    """Run, or go on with, a board: {method: {setting, rows, search}}.
+
+    methods: names of `METHODS`, or one's own as {name: (method, settings)}, each setting a dict of fields of
+    `Config` and arguments of the method. Writes `leaderboard.json`, `.txt` and `.png` into the folder. seeds: of the
+    test; tuning: seeds of the search; budget: steps. ValueError for an unknown method, or a seed that is in both."""
+    methods = chosen(methods)
     if both := set(seeds) & set(tuning):
         raise ValueError(f"seed {min(both)} is a tuning seed and a test seed; a test must not have been seen")
-    board, results = Board(denoiser, folder, budget), {}
+    board, results = Board(denoiser, folder, budget, methods), {}
     head = {"schema": 1, "base": board.base, "rule": RULE, "budget": budget}
     for name in methods:
         results[name] = short(tune_and_test(board, name, tuning, seeds, echo))

@@ -15,6 +15,9 @@ def generators(seeds):
     """One CPU generator per seed: what a seed gives depends on no other seed, batch or device.
 
     seeds: whole numbers >= 0, at least one. ValueError for others."""
+    try: seeds = list(seeds)
+    except TypeError:
+        raise ValueError(f"seeds is {seeds!r}; give a list of whole numbers, such as [0]") from None
     for seed in seeds:
         try: good = 0 <= index(seed) < 2 ** 63
         except TypeError: good = False

@@ -37,6 +37,25 @@ class Request:
     steps: int | None = None    # of sampling, with which the seed gives the image; None: the run's
     copies: tuple | None = None # further seeds that give copies of the image; None: nobody looked
 
+    def __hash__(self):   # pictures have none
+        pictures = self.image.tobytes(), self.surrogate.tobytes()
+        return hash((pictures, self.seed, self.prompt, self.steps, tuple(self.copies or ())))
+
+    @staticmethod
+    def as_list(requests):
+        "The requests as a list: of a single one, a list of one. ValueError for what is no `Request` of two pictures."
+        if requests is None: return []
+        requests = [*requests] if isinstance(requests, (list, tuple)) else [requests]
+        for r in requests:
+            if not isinstance(r, Request):
+                raise ValueError(f"{str(r)[:60]!r} is no request; give Request(image, surrogate)")
+            for name in ("image", "surrogate"):
+                v = getattr(r, name)
+                if isinstance(v, Image.Image): continue
+                how = "read_image(file)" if isinstance(v, (str, Path)) else "denoiser.decode(x0)[0]"
+                raise ValueError(f"the {name} of a request is a {type(v).__name__}; give a PIL image, such as {how} makes")
+        return requests
+
 def prompts_of(denoiser, requests):
     "The prompts of the requests; None of a model that makes pictures without words."
     return [r.prompt for r in requests] if denoiser.prompts else None
@@ -88,7 +107,7 @@ def generate(denoiser, seeds, steps=25, batch=64, prompt=None):
 
     prompt: of a model with words, one for all seeds or one for each. Of large pictures fewer than
     `batch` are made at a time."""
-    z = randn(generators(list(seeds)), denoiser.shape, denoiser.device)
+    z = randn(generators(seeds), denoiser.shape, denoiser.device)
     return from_noise(denoiser, z, steps, denoiser.prompt_ids(prompt, len(z)), batch)
 
 # %% ../nbs/06_states.ipynb #144a0b79
@@ -174,13 +193,14 @@ def all_known(denoiser, earlier):
 def beneath(denoiser, earlier):
     "For a while the weights of the base beneath its hotfixes, if all that these are about is known."
     if not all_known(denoiser, earlier): return (yield)
-    weights = {k.replace(".base_layer", ""): w for k, w in denoiser.net.state_dict().items()}   # as peft calls them
-    now = {k: weights[k].clone() for k in denoiser.base}
-    def put(kept):
-        for k, w in kept.items(): weights[k].copy_(w)
-    put(denoiser.base)
-    try: yield
-    finally: put(now)
+    with denoiser.lock:
+        weights = {k.replace(".base_layer", ""): w for k, w in denoiser.net.state_dict().items()}   # as peft has them
+        now = {k: weights[k].clone() for k in denoiser.base}
+        def put(kept):
+            for k, w in kept.items(): weights[k].copy_(w)
+        put(denoiser.base)
+        try: yield
+        finally: put(now)
 
 # %% ../nbs/06_states.ipynb #16595f31
 # first seeds of what must stay: of any pictures, of the pool for near ones, of other prompts
@@ -229,7 +249,7 @@ class Pool:
     `copies` [n]: which of them are a forget image again, of these or of earlier requests."""
 
     def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None, cond=(), earlier=()):
-        self.denoiser, self.n, self.steps, self.earlier = denoiser, n, steps, earlier
+        self.denoiser, self.n, self.steps, self.cache, self.earlier = denoiser, n, steps, cache, earlier
         self.words = said(denoiser, in_turn(denoiser, [r.prompt for r in requests], cond), n)
         self.x_f = denoiser.encode([r.image for r in requests]) if requests else None
         mark = fingerprint(denoiser, base=all_known(denoiser, earlier))
@@ -260,7 +280,7 @@ class Pool:
         "The `States` on the whole paths to these."
         words = self.words and [self.words[i] for i in positions]
         with beneath(self.denoiser, self.earlier):
-            return generate(self.denoiser, [NEAR + i for i in positions], self.steps, prompt=words)
+            return paths(self.denoiser, [NEAR + i for i in positions], self.steps, self.cache, words)
 
 # %% ../nbs/06_states.ipynb #28c5ca98
 def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cache=None,
@@ -273,6 +293,7 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
     them in. describe: the descriptor by which copies are known (None: by pixels alone).
     earlier: requests whose hotfixes are on the model, whose images are left out as well. If they are
     all that its hotfixes are about, what must stay is what the base does, so that drift does not add up."""
+    requests, earlier = Request.as_list(requests), Request.as_list(earlier)
     asked, gone = [r.prompt for r in requests], [*requests, *earlier]
     def from_seed(first, prompts):
         with beneath(denoiser, earlier):

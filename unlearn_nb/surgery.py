@@ -8,7 +8,6 @@ __all__ = ['RULES', 'gram', 'products', 'cosine', 'combine', 'against', 'plain',
 
 # %% ../nbs/08_surgery.ipynb #5d7a253b
 import math
-from functools import partial
 
 import torch
 
@@ -189,15 +188,12 @@ RULES |= {"pcgrad": symmetric, "agem": one_sided, "gradvac": vaccine}   # as the
 def get(rule):
     """The rule of that name ('subspace': a fresh one); a callable (g_forget, g_retain) as it is.
 
-    A `partial` gets a name for the card. ValueError for what is neither. The loop (module
-    `unlearn`) does not call a rule at step 0: the retain gradient is rounding there, and the step
-    is `plain`. And a rule sees gradients in the basis of the free directions (module
-    `directions`), not of the weights, unless damping is 0."""
+    Both are lists of tensors, one for each weight that moves; so is the direction that it returns.
+    ValueError for what is neither. The loop (module `unlearn`) does not call a rule at step 0: the
+    retain gradient is rounding there, and the step is `plain`. And a rule sees gradients in the
+    basis of the free directions (module `directions`), not of the weights, unless damping is 0."""
     if isinstance(rule, str) and rule in RULES: rule = RULES[rule]
     if not callable(rule):
         raise ValueError(f"surgery {rule!r} is not known; expected one of {', '.join(RULES)}, "
                          "or a function project(g_forget, g_retain)")
-    if isinstance(rule, partial):
-        name = getattr(rule.func, "__name__", rule.func)
-        rule.__name__ = f"{name}({', '.join(f'{k}={v}' for k, v in rule.keywords.items())})"
     return rule() if rule is subspace else rule

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'WORDS', 'PRESETS', 'Config', 'family', 'autocast', 'gradient', 'Problem', 'edit_weigh_project',
-           'not_finite', 'move', 'problem_of', 'retain_settings', 'run', 'least_strength', 'unlearn']
+           'not_finite', 'move', 'problem_of', 'retain_settings', 'seen_by', 'run', 'least_strength', 'unlearn']
 
 # %% ../nbs/11_unlearn.ipynb #f5a8d698
 import time
@@ -16,18 +16,19 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
+from diffusers.utils.logging import is_progress_bar_enabled
 from torch import autograd
 from tqdm.auto import tqdm
 
 from . import surgery, weights
 from .checkpoint import load_checkpoint, run_identity, save_checkpoint
-from .copies import strangers
+from .copies import check_descriptor, strangers
 from .denoiser import max_batch, patch
 from .hotfix import Hotfix, card
 from .parametrization import parametrize
 from .schedule import Flow, step_generator
-from .states import (SAMPLING, Pool, States, default_retain, draw, find_copies, forget_states, from_noise,
-                               own_paths, parts_of, prompts_among, prompts_of, steer, still_forgotten)
+from .states import (SAMPLING, Pool, Request, States, default_retain, draw, find_copies, forget_states,
+                               from_noise, own_paths, parts_of, prompts_among, prompts_of, steer, still_forgotten)
 from .weights import x0_loss
 
 # %% ../nbs/11_unlearn.ipynb #pr3c1s10
@@ -188,13 +189,21 @@ def not_finite(step, cfg, checkpoint):
 def move(parametrization, opt, gradients, step, cfg):
     """One step of the optimiser along gradients for the params: clipped to a norm of cfg.clip, at the lr of that step.
 
-    FloatingPointError, with nothing moved, if they are not finite."""
+    Returns {lr, norm}, the norm before clipping. FloatingPointError, with nothing moved, if they are not finite;
+    ValueError if there is not one for each param, of its shape."""
+    gradients = [*gradients]
+    found, wanted = ([tuple(getattr(v, "shape", ())) for v in vs] for vs in (gradients, parametrization.params))
+    if found != wanted:
+        k = next((k for k, pair in enumerate(zip(found, wanted)) if pair[0] != pair[1]), min(len(found), len(wanted)))
+        raise ValueError(f"the rule or method gave {len(found)} tensors for the {len(wanted)} that move, and number "
+                         f"{k} is {found[k:k + 1]} where {wanted[k:k + 1]} moves; give one of the same shape for each")
     for p, d in zip(parametrization.params, gradients, strict=True): p.grad = d
     norm = torch.nn.utils.clip_grad_norm_(parametrization.params, cfg.clip)
     if not norm.isfinite(): raise FloatingPointError("the gradient is not finite")
-    opt.param_groups[0]["lr"] = cfg.lr * .5 * (1 + cos(pi * step / cfg.steps))
+    opt.param_groups[0]["lr"] = lr = cfg.lr * .5 * (1 + cos(pi * step / cfg.steps))
     opt.step()
     parametrization.write_weights()
+    return {"lr": lr, "norm": norm.item()}
 
 # %% ../nbs/11_unlearn.ipynb #36aba52f
 def problem_of(denoiser, requests, retain, cfg):
@@ -249,6 +258,12 @@ def still_known(problem, describe):
     return (similar > bar).nonzero()[:, 0].tolist()
 
 # %% ../nbs/11_unlearn.ipynb #35d8684d
+def seen_by(watch, step, seen, state):
+    "Call the watchers, all of them; whether one of them, in any process, says True: it is enough."
+    enough = [w(step, seen) is True for w in watch]
+    if state.num_processes == 1: return any(enough)
+    return reduce(torch.tensor(float(any(enough)), device=state.device), "sum").item() > 0
+
 def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     "The loop: gradient, step, log, checkpoint; returns the log."
     cfg, main = problem.cfg, problem.state.is_main_process
@@ -258,7 +273,8 @@ def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     if checkpoint: first, log = load_checkpoint(checkpoint, identity, problem.parametrization, opt, step_gradient)
     problem.known[:] = next((seen["known"] for seen in reversed(log) if "known" in seen), [])
     if pool and first > again: keep_too(problem, pool, log[again - 1]["moved"])
-    bar = tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not main)
+    quiet = not (main and is_progress_bar_enabled())
+    bar = tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=quiet)
     for step in bar:
         if judge and step in (again, once_more):
             problem.known[:] = log[-1]["known"] = still_known(problem, judge)
@@ -266,14 +282,16 @@ def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
             log[-1]["moved"] = pool.moved_most(cfg.near_images)
             keep_too(problem, pool, log[-1]["moved"])
         gradients, seen = step_gradient(step, step_generator(cfg.seed, step))
-        try: move(problem.parametrization, opt, gradients, step, cfg)
+        try: seen = {**seen, **move(problem.parametrization, opt, gradients, step, cfg)}
         except FloatingPointError:
             if checkpoint and step and main: save(step)
             raise FloatingPointError(not_finite(step, cfg, checkpoint)) from None
         log.append(seen)
-        if watch: watch(step, seen)
-        bar.set_postfix_str(", ".join(f"{k} {v:+.3f}" for k, v in seen.items() if k != "ratio"), refresh=False)
-        if checkpoint and main and (step % 10 == 9 or step == cfg.steps - 1): save(step + 1)
+        enough = seen_by(watch, step, seen, problem.state)
+        shown = {k: v for k, v in seen.items() if k not in ("ratio", "lr", "norm")}
+        bar.set_postfix_str(", ".join(f"{k} {v:+.3f}" for k, v in shown.items()), refresh=False)
+        if checkpoint and main and (enough or step % 10 == 9 or step == cfg.steps - 1): save(step + 1)
+        if enough: break
     return log
 
 # %% ../nbs/11_unlearn.ipynb #ef8201ab
@@ -283,7 +301,13 @@ ABOVE_0 = ("steps", "forget_batch", "retain_batch", "micro_batch", "retain_image
 def check(denoiser, requests, cfg, checkpoint=None):
     "Refuse (ValueError) what cannot work, before anything is computed."
     if not requests: raise ValueError("there is no request; give at least one Request(image, surrogate)")
+    if any(w.is_inference() for w in denoiser.net.parameters()):
+        raise ValueError("this model was loaded under torch.inference_mode(), where nothing can be learned; "
+                         "load it outside")
     for r in requests:
+        if r.image.convert("RGB").tobytes() == r.surrogate.convert("RGB").tobytes():
+            raise ValueError("the surrogate is the image itself, so nothing would be forgotten; "
+                             "give an edited picture, such as propose(denoiser, image) makes")
         denoiser.encode([r.image, r.surrogate]), denoiser.prompt_ids(r.prompt, 1)
         if r.seed is not None and r.seed < 0: raise ValueError(f"seed {r.seed} is below 0; give a seed of 0 or more")
     for name in ABOVE_0:
@@ -304,6 +328,35 @@ def check(denoiser, requests, cfg, checkpoint=None):
         raise ValueError(f"the checkpoint {str(checkpoint)!r} would lie in a folder that does not exist; "
                          "make the folder first")
     weights.get(cfg.weight), weights.get(cfg.retain_weight), surgery.get(cfg.surgery)
+
+# %% ../nbs/11_unlearn.ipynb #6361f65f
+def check_states(denoiser, states):
+    "ValueError unless these are `States` of this model."
+    if not isinstance(states, States):
+        raise ValueError(f"retain is a {type(states).__name__}; give what `generate(denoiser, seeds)` makes, a list of "
+                         "(share of the batch, such), or None for the default")
+    shape, T = list(states.x_t.shape[2:]), denoiser.T
+    if shape != list(denoiser.shape):
+        raise ValueError(f"the states in retain are {shape}, but this model makes {list(denoiser.shape)}; "
+                         "make them with this model")
+    if not (len(states.x_t) and len(states.timesteps) and states.timesteps.max() < T):
+        raise ValueError(f"there are no states in retain, or they lie above the {T} levels of this model; "
+                         "make them with this model")
+    if bool(denoiser.prompts) != (states.cond is not None) or (
+            states.cond is not None and states.cond.max() >= len(denoiser.prompts)):
+        raise ValueError("the states in retain have other prompts than this model has; make them with this model")
+
+def check_retain(denoiser, retain):
+    "ValueError unless this is what must stay: None, `States` of this model, or a list of (share, such)."
+    if retain is None: return
+    if not isinstance(retain, (list, tuple)): return check_states(denoiser, retain)
+    if not retain: raise ValueError("retain is empty, so nothing would stay; leave it out for the default")
+    for part in retain:
+        pair = isinstance(part, (list, tuple)) and len(part) == 2 and isinstance(part[0], (int, float))
+        if not (pair and part[0] > 0):
+            raise ValueError(f"a part of retain is a {type(part).__name__}; give pairs (share of the batch, States), "
+                             "with shares above 0")
+        check_retain(denoiser, part[1])
 
 # %% ../nbs/11_unlearn.ipynb #5tr3ng02
 STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1., 1.1, 1.2)
@@ -333,26 +386,14 @@ def least_strength(problem, describe, moved=.2):
     set_strength(form, full, steps[low])
     return steps[low]
 
-# %% ../nbs/11_unlearn.ipynb #7dfc30c8
-def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project,
-            watch=None, describe=None):
-    """Make noised versions of each request's image lead to its surrogate, and leave all else: a `Hotfix`, not yet on.
-
-    retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`).
-    earlier: requests whose hotfixes are on the model, to stay forgotten; all else must stay as in the base.
-    checkpoint: a file to go on from if it exists, written every 10 steps.
-    method: another way to a step's gradient (module `baselines`).
-    watch: called as watch(step, seen) when the net has that step's weights; what it raises ends the run.
-    describe: the descriptor by which copies are known, and the least strength that is enough (None: copies by pixels
-    alone, and the change as it is).
-    The denoiser comes back as it was, bit for bit. Under `accelerate launch` the processes share each batch.
-    FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work."""
-    check(denoiser, [*requests, *earlier] if requests else [], cfg, checkpoint)
-    start, steps = time.monotonic(), cfg.sampling_steps
-    requests = [r if r.copies is not None else find_copies(denoiser, r, pool=cfg.pool, steps=steps, describe=describe)
+# %% ../nbs/11_unlearn.ipynb #d6270fd2
+def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, describe, cache):
+    "All of a run, when what was given has been checked: a `Hotfix`."
+    start, steps, known = time.monotonic(), cfg.sampling_steps, dict(describe=describe, cache=cache)
+    requests = [r if r.copies is not None else find_copies(denoiser, r, pool=cfg.pool, steps=steps, **known)
                 for r in requests]
-    known = dict(describe=describe, earlier=earlier)
-    retain = retain or default_retain(denoiser, requests, **retain_settings(cfg), **known)
+    known |= dict(earlier=earlier)
+    if retain is None: retain = default_retain(denoiser, requests, **retain_settings(cfg), **known)
     pool = cfg.near_images and Pool(denoiser, requests, cfg.pool, steps, cond=prompts_among(retain), **known)
     if earlier:
         how = dict(path_share=cfg.path_share, t_min=cfg.t_min, t_max=cfg.t_max, steps=steps)
@@ -371,3 +412,27 @@ def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkp
         problem.parametrization.restore()
         if saving: denoiser.net.disable_gradient_checkpointing()
     return Hotfix(delta, *card(denoiser, requests, cfg, log, time.monotonic() - start, method))
+
+# %% ../nbs/11_unlearn.ipynb #7dfc30c8
+def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project,
+            watch=(), describe=None, cache=None):
+    """Make noised versions of each request's image lead to its surrogate, and leave all else: a `Hotfix`, not yet on.
+
+    retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`).
+    earlier: requests whose hotfixes are on the model, to stay forgotten; all else must stay as in the base.
+    checkpoint: a file to go on from if it exists, written every 10 steps.
+    method: another way to a step's gradient (module `baselines`).
+    watch: one or several, called as watch(step, seen) when the net has that step's weights; what returns True ends the
+    run there, with its hotfix, and what raises ends it without.
+    describe: the descriptor by which copies are known, and the least strength that is enough (None: copies by pixels
+    alone, and the change as it is).
+    cache: a folder that keeps paths of the base, for other requests to the same model.
+    The denoiser comes back as it was, bit for bit; its lock is held. Under `accelerate launch` processes share a batch.
+    FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work."""
+    with torch.inference_mode(False), torch.enable_grad(), denoiser.lock:
+        requests, earlier = Request.as_list(requests), Request.as_list(earlier)
+        watch = [watch] if callable(watch) else [*(watch or ())]
+        check(denoiser, [*requests, *earlier] if requests else [], cfg, checkpoint)
+        check_retain(denoiser, retain)
+        check_descriptor(describe, denoiser.pixels(denoiser.encode([requests[0].image])))
+        return learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, describe, cache)

@@ -47,6 +47,12 @@ def prompt_id(self: TextDenoiser, prompt):
     "The number of a prompt; a new one is encoded, once. ValueError if that cannot be."
     if not isinstance(prompt, str): raise ValueError(f"{prompt!r} is no prompt; give a text")
     if prompt in self.prompts: return self.prompts[prompt]
+    with self.lock: return self.add_prompt(prompt)
+
+@patch
+def add_prompt(self: TextDenoiser, prompt):
+    "Encode a prompt, if no other thread has done so; its number."
+    if prompt in self.prompts: return self.prompts[prompt]
     if not self.text:
         raise ValueError(f"prompt {prompt!r} is not in the table, and the text encoders are gone; "
                          f"known prompts: {', '.join(map(repr, self.prompts))}")
