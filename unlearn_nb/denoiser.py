@@ -58,13 +58,6 @@ def kind_of(net, nets):
         if kind.__name__ in nets: return kind.__name__
     raise ValueError(f"the net is a {type(net).__name__}; expected one of {', '.join(nets)}")
 
-# %% ../nbs/02_denoiser.ipynb #a7545a98
-LOCKS, GUARD = WeakKeyDictionary(), RLock()   # not in the denoiser, which can be copied
-
-def lock_of(denoiser):
-    "The lock of a denoiser, always the same one."
-    with GUARD: return LOCKS.setdefault(denoiser, RLock())
-
 # %% ../nbs/02_denoiser.ipynb #94b471cf
 class Denoiser:
     """A diffusers net and its scheduler, seen as one thing; it owns no training state.
@@ -100,12 +93,20 @@ class Denoiser:
     dtype = property(lambda self: self.net.dtype)
     prediction = property(lambda self: self.schedule.prediction)
     T = property(lambda self: self.schedule.T)
-    lock = property(lambda self: lock_of(self))   # `with denoiser.lock:` nobody else changes the weights
 
     @property
     def layout(self):
         "The memory format that is fastest: channels last for convolutions, contiguous for tokens."
         return torch.channels_last if self.kind.startswith("UNet") else torch.contiguous_format
+
+# %% ../nbs/02_denoiser.ipynb #a7545a98
+LOCKS, GUARD = WeakKeyDictionary(), RLock()   # not in the denoiser, which can be copied
+
+def lock_of(denoiser):
+    "The lock of a denoiser, always the same one."
+    with GUARD: return LOCKS.setdefault(denoiser, RLock())
+
+Denoiser.lock = property(lock_of)
 
 # %% ../nbs/02_denoiser.ipynb #dc7f891b
 @patch

@@ -150,12 +150,9 @@ def take_off(denoiser, hotfix):
         weights[k].copy_(denoiser.base[k] if above else denoiser.base.pop(k))
         for h in above: weights[k].add_(change(h.delta, k).to(weights[k]))
 
-# %% ../nbs/10_hotfix.ipynb #e24edef6
-class Hotfix:
-    """A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`.
-    receipt: the `Receipt` that stays with the provider, where it is at hand.
-
-    Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads."""
+# %% ../nbs/10_hotfix.ipynb #54aa8f0a
+class Change:
+    "A change of weights {name: tensor} and its card: what it is, apart from what it can do."
 
     def __init__(self, delta, card, receipt=None):
         self.delta, self.card, self.receipt = delta, card, receipt
@@ -165,13 +162,18 @@ class Hotfix:
         "SHA-256 of the change as it is stored."
         return hashlib.sha256(save(self.delta, METADATA)).hexdigest()
 
-    def __eq__(self, other): return isinstance(other, Hotfix) and self.id == other.id
+    def __eq__(self, other): return isinstance(other, Change) and self.id == other.id
     def __hash__(self): return hash(self.id)
 
-    def __repr__(self):
-        return f"Hotfix({', '.join(f'{k}: {v}' for k, v in outline(self))})"
-
+    def __repr__(self): return f"{type(self).__name__}({', '.join(f'{k}: {v}' for k, v in outline(self))})"
     def _repr_html_(self): return Table(["hotfix", ""], outline(self))._repr_html_()
+
+# %% ../nbs/10_hotfix.ipynb #e24edef6
+class Hotfix(Change):
+    """A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`.
+    receipt: the `Receipt` that stays with the provider, where it is at hand.
+
+    Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads."""
 
     def apply(self, denoiser):
         """Add the change, on top of the hotfixes that are on; returns the denoiser.

@@ -53,7 +53,8 @@ class Request:
                 v = getattr(r, name)
                 if isinstance(v, Image.Image): continue
                 how = "read_image(file)" if isinstance(v, (str, Path)) else "denoiser.decode(x0)[0]"
-                raise ValueError(f"the {name} of a request is a {type(v).__name__}; give a PIL image, such as {how} makes")
+                raise ValueError(f"the {name} of a request is a {type(v).__name__}; "
+                                 f"give a PIL image, such as {how} makes")
         return requests
 
 def prompts_of(denoiser, requests):

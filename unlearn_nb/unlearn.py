@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'WORDS', 'PRESETS', 'Config', 'family', 'autocast', 'gradient', 'Problem', 'edit_weigh_project',
-           'not_finite', 'move', 'problem_of', 'retain_settings', 'seen_by', 'run', 'least_strength', 'unlearn']
+           'not_finite', 'move', 'problem_of', 'retain_settings', 'run', 'least_strength', 'unlearn']
 
 # %% ../nbs/11_unlearn.ipynb #f5a8d698
 import time
@@ -257,13 +257,14 @@ def still_known(problem, describe):
     similar, bar = likeness(problem, describe, problem.own.x_t[:, 0].to(problem.denoiser.device).float())
     return (similar > bar).nonzero()[:, 0].tolist()
 
-# %% ../nbs/11_unlearn.ipynb #35d8684d
+# %% ../nbs/11_unlearn.ipynb #s33nby01
 def seen_by(watch, step, seen, state):
     "Call the watchers, all of them; whether one of them, in any process, says True: it is enough."
     enough = [w(step, seen) is True for w in watch]
     if state.num_processes == 1: return any(enough)
     return reduce(torch.tensor(float(any(enough)), device=state.device), "sum").item() > 0
 
+# %% ../nbs/11_unlearn.ipynb #35d8684d
 def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     "The loop: gradient, step, log, checkpoint; returns the log."
     cfg, main = problem.cfg, problem.state.is_main_process
