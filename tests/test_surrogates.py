@@ -17,12 +17,16 @@ from PIL import Image
 from torch.testing import assert_close
 
 from unlearn_nb import faces
+from small_pipelines import pipeline
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.faces import draw, face_descriptor, sample_identity, sample_scene, to_tensor
+from unlearn_nb.flags import describe_flag, read_flag
 from unlearn_nb.schedule import generators, randn
 from unlearn_nb.surrogates import (attribute, check, compose, direction, ellipse, face_part, inpaint, instruct,
-                                   invert, moved, neighbour, polygon, propose, read_mask, rectangle, sdedit)
-from unlearn_nb.zoo import load
+                                   inpaintings, invert, moved, neighbour, noise_up, parse_mask, polygon, propose,
+                                   read_mask, rectangle, score, sdedit)
+from unlearn_nb.words import TextDenoiser
+from unlearn_nb.zoo import PIPELINES, load, planted, prompt_encoder
 
 
 def noise(seed=0, mode='RGB', size=8):
@@ -232,6 +236,17 @@ BAD = [
     (lambda: face_part(sample_identity(1), sample_scene(1), 'chin'), "no part 'chin'"),
     (lambda: face_part(sample_identity(1), sample_scene(1), ()), 'no parts'),
     (lambda: read_mask('nowhere.png', 8), "no file 'nowhere.png'"),
+    (lambda: parse_mask('nowhere.png', 8), "there is no file 'nowhere.png'; a mask is box:L,T,R,B or ellipse:L,T,R,B"),
+    (lambda: parse_mask('circle:.1,.1,.9,.9', 8), "there is no file 'circle:.1,.1,.9,.9'; a mask is box:L,T,R,B"),
+    (lambda: parse_mask('', 8), 'a mask is box:L,T,R,B'),
+    (lambda: parse_mask(__file__, 8), 'is not a picture that can be read'),
+    (lambda: parse_mask('box:.1,.2,.3', 8), "the mask 'box:.1,.2,.3' does not name four numbers; give box:L,T,R,B"),
+    (lambda: parse_mask('box:a,b,c,d', 8), 'does not name four numbers'),
+    (lambda: parse_mask('box:', 8), 'does not name four numbers'),
+    (lambda: parse_mask('ellipse:8,8,24,24', 32), '8 in the mask'),
+    (lambda: parse_mask('box:nan,0,1,1', 8), 'nan in the mask'),
+    (lambda: parse_mask('box:.8,.2,.2,.9', 8), 'covers nothing'),
+    (lambda: parse_mask('box:1.2,0,1.8,1', 8), "the mask 'box:1.2,0,1.8,1' covers nothing of the picture"),
 ]
 
 
@@ -288,6 +303,118 @@ def test_the_level_is_the_size_of_the_edit():
     x, = d.decode(d.sample([100], steps=10))
     far = [np.mean([rmse(x, sdedit(d, x, seed=s, t=t, steps=6)) for s in range(2)]) for t in (0, 100, 400, 800)]
     assert far == sorted(far) and far[0] < .03 and far[-1] > .3
+
+
+# --- every family ---
+
+@lru_cache
+def words(kind):
+    "A model with words and latents, with random weights."
+    pipe = pipeline(kind)
+    net = getattr(pipe, PIPELINES[type(pipe).__name__].net)
+    return TextDenoiser(net, pipe.scheduler, vae=pipe.vae, text=prompt_encoder(pipe), guidance=3.)
+
+
+FAMILIES = {'epsilon': lambda: (tiny(), None), 'sample': lambda: (tiny('sample'), None),
+            'grey, wide': lambda: (Denoiser(tiny_net(1, (8, 16)), DDPMScheduler(prediction_type='v_prediction')), None),
+            **{kind: lambda kind=kind: (words(kind), 'red flag') for kind in ('sd', 'sdxl', 'sd3')}}
+
+
+@pytest.mark.parametrize('name', FAMILIES)
+def test_every_family_paints_where_it_may_and_nowhere_else(name):
+    "Of each: size and mode, pixels around the mask, the same alone and among others, the seed and the words decide."
+    d, prompt = FAMILIES[name]()
+    x = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*d.size[::-1], 3), dtype=np.uint8))
+    if d.shape[0] == 1: x = x.convert('L')
+    m = rectangle(d.size, (.3, .2, .9, .7), feather=.05)
+    kept, how = np.asarray(m) == 0, dict(mask=m, steps=3, prompt=prompt)
+    edits = {'inpaint': lambda seed, **kw: inpaint(d, x, seed=seed, **how | kw),
+             'jumps': lambda seed, **kw: inpaint(d, x, seed=seed, resample=2, **how | kw),
+             'sdedit': lambda seed, **kw: sdedit(d, x, seed=seed, t=700, **how | kw),
+             'propose': lambda seed, **kw: propose(d, x, seeds=[seed, seed + 9], limit=-1., **how | kw)}
+    for kind, edit in edits.items():
+        one, again = edit(1), edit(1)
+        assert (one.size, one.mode) == (x.size, x.mode) and one.tobytes() == again.tobytes()
+        assert kind == 'propose' or one.tobytes() != edit(2).tobytes()
+        assert np.array_equal(array(one)[kept], array(x)[kept]) and (array(one) != array(x))[~kept].mean() > .5
+        if prompt: assert edit(1, prompt='').tobytes() != one.tobytes()
+    among = inpaintings(d, x, m, range(3), 3, prompt=prompt)
+    for seed in range(3): assert abs(array(among[seed]) - array(edits['inpaint'](seed))).max() <= 2
+    found = check(x, among[0], mask=m)
+    assert found.background == math.inf and found.heat.size == x.size and found.rmse > 0
+
+
+def test_large_models_paint_few_at_a_time(monkeypatch):
+    d, x, batches = words('sd3'), noise(size=16), []
+    many = inpaintings(d, x, None, range(5), 2, prompt='')
+    monkeypatch.setattr('unlearn_nb.surrogates.max_batch', lambda d, n: 2)
+    predict = type(d).predict
+    monkeypatch.setattr(type(d), 'predict', lambda self, x, *a: batches.append(len(x)) or predict(self, x, *a))
+    few = inpaintings(d, x, None, range(5), 2, prompt='')
+    assert set(batches) == {1, 2} and max(abs(array(a) - array(b)).max() for a, b in zip(many, few)) <= 2
+
+
+@pytest.mark.parametrize('d', [tiny(), words('sd3')], ids=['DDPM', 'flow'])
+def test_noising_up_ends_where_noising_at_once_ends(d):
+    "Of many draws: mean a x0, deviation s, from every lower level."
+    x0, n = .5 * torch.ones(1, *d.shape), 400
+    for low, t in ((100, 101), (100, 500), (0, 999), (700, 990)):
+        x_low = d.noise(x0.expand(n, -1, -1, -1), torch.randn(n, *d.shape), d.level(low, n))
+        x_t = noise_up(d, x_low, low, t, torch.randn(n, *d.shape))
+        a, s = (v.item() for v in d.scales(d.level(t, 1)))
+        assert x_t.mean().item() == pytest.approx(a * .5, abs=.03) and x_t.std().item() == pytest.approx(s, rel=.03)
+
+
+def test_levels_of_sdedit_stand_for_a_thousand():
+    long = Denoiser(tiny_net(), DDPMScheduler(num_train_timesteps=4000, beta_start=2.5e-5, beta_end=.005))
+    seen = []
+    long.predict = lambda x_t, t, cond=None: seen.append(t) or x_t
+    sdedit(long, noise(), t=500, steps=4)
+    assert seen[0] == 2000
+
+
+def test_a_model_with_words_is_asked_for_them():
+    for edit in (inpaint, sdedit, propose):
+        with pytest.raises(ValueError, match='this model makes pictures of words; give prompt='):
+            edit(words('sd3'), noise(size=16))
+        with pytest.raises(ValueError, match="prompt 'a' was given, but this model makes pictures without words"):
+            edit(tiny(), noise(), prompt='a')
+
+
+def test_the_score_asks_for_another_then_for_the_rest_then_for_little():
+    def found(similarity, background, rmse): return SimpleNamespace(**vars())
+    order = [found(.1, 40, .2), found(-.5, 31, .3), found(.1, 10, .1), found(.2, 99, .1), found(.9, 99, .01)]
+    assert sorted(order[::-1], key=lambda f: score(f, .15)) == order
+
+
+@pytest.mark.slow
+def test_a_picture_learned_by_heart_gets_somebody_else_before_its_own_wall():
+    d, x = load('planted-1', device='cpu'), planted('planted-1')
+    assert all(check(x, y).similarity > .5 for y in inpaintings(d, x, None, range(4), 10))
+    found = check(x, propose(d, x, seeds=range(4), steps=10))
+    assert not found.warnings and found.similarity <= .15
+
+
+@pytest.mark.slow
+def test_a_flag_learned_by_heart_gets_the_right_one_under_its_own_sky():
+    d, x = load('planted-flag', device='cpu'), planted('planted-flag')
+    x_s = propose(d, x, seeds=range(6), steps=10, prompt='german flag', describe=describe_flag)
+    assert read_flag([x, x_s])[0] == ['Belgium', 'Germany'] and check(x, x_s).background == math.inf
+
+
+# --- inversion ---
+
+@pytest.mark.slow
+def test_a_flow_is_undone_as_well():
+    "Pictures that flags makes of words: the noise that is found leads back to them, guided and not."
+    d = load('flags', device='cpu')
+    prompts = ['flag of japan', 'a photo of the flag of germany']
+    x = d.sample([3, 4], 12, prompt=prompts)
+    for guidance in (1., 4.):
+        d.guidance = guidance
+        z = invert(d, x, 12, prompt=prompts)
+        *_, (_, end) = d.path(z, 999, 12, None, cond=d.prompt_ids(prompts, 2))
+        assert min(map(psnr, d.decode(end), d.decode(x))) > 28
 
 
 # --- attribute ---
@@ -474,6 +601,15 @@ def test_check_measures_what_it_says(a, b, bits):
     assert c.similarity == pytest.approx(cosine, abs=1e-5)
 
 
+def test_a_descriptor_brings_its_own_limit():
+    x, y = noise(1), noise(2)
+    def describe(x): return torch.nn.functional.normalize(x.flatten(1), dim=1)
+    for limit, warned in ((-1., True), (1., False)):
+        describe.limit = limit
+        assert ('too alike' in str(check(x, y, describe=describe).warnings)) is warned
+        assert 'too alike' not in str(check(x, y, describe=describe, max_similarity=1.).warnings)
+
+
 def test_limits_and_descriptor_can_be_given():
     x, y = noise(1), noise(2)
     c = check(x, y, mask=Image.new('L', (8, 8), 255), describe=lambda x: x.flatten(1))
@@ -551,6 +687,14 @@ def test_a_mask_file_is_read_as_it_was_painted(size, stored, tmp_path):
     softer = array(read_mask(tmp_path/'mask.png', size, feather=.08))
     assert len(np.unique(softer)) > len(np.unique(array(m)))
     assert softer.mean() == pytest.approx(array(m).mean(), rel=.1)
+
+
+def test_a_mask_in_words_is_the_mask_it_names(tmp_path):
+    noise(mode='L', size=9).save(tmp_path/'m.png')
+    for size in (32, (24, 48)):
+        assert parse_mask('box:.1,.2,.8,.9', size) == rectangle(size, (.1, .2, .8, .9))
+        assert parse_mask(' Ellipse: 0, 0 ,1,1', size) == ellipse(size, (0, 0, 1, 1))
+        assert parse_mask(tmp_path/'m.png', size) == read_mask(tmp_path/'m.png', size)
 
 
 def test_a_dark_mask_file_is_refused(tmp_path):

@@ -13,8 +13,9 @@ from functools import reduce
 
 import torch
 from PIL import Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from torch.nn.functional import adaptive_avg_pool2d
 
-from .denoiser import read_image
+from .denoiser import max_batch, read_image
 from .faces import face_descriptor, mask as face_mask, to_tensor
 from .schedule import generators, randn
 
@@ -92,6 +93,35 @@ def face_part(identity, scene, parts=FACE, size=32, feather=.03):
     whole = soft.point(lambda v: min(255, 4 * v))    # a quarter covered is covered
     return ImageChops.lighter(whole, union(size))    # and slivers that the softening lost
 
+# %% ../nbs/04_surrogates.ipynb #7f3a3c18
+FORMS = ("box:L,T,R,B or ellipse:L,T,R,B, as shares of the sides, such as box:.2,.15,.8,.9, "
+         "or the name of a picture file, white where to repaint")
+
+def read_shares(text, numbers):
+    "Four numbers with commas between them, as a list. ValueError for others: text is the whole mask."
+    try: box = [float(v) for v in numbers.split(",")]
+    except ValueError: box = []
+    if len(box) != 4:
+        raise ValueError(f"the mask {text!r} does not name four numbers; give {FORMS}")
+    if bad := [v for v in box if not -1 <= v <= 2]:
+        raise ValueError(f"{bad[0]:g} in the mask {text!r} is no share of a side (0: left or top, "
+                         "1: right or bottom); divide pixels by the side")
+    return box
+
+def parse_mask(text, size, feather=.03):
+    """The mask that a text says: "box:L,T,R,B", "ellipse:L,T,R,B" (shares of the sides), or a file.
+
+    size: a side in pixels, or width and height. ValueError, in one sentence, for another text."""
+    kind, colon, numbers = str(text).partition(":")
+    shapes = {"box": rectangle, "ellipse": ellipse}
+    make = shapes.get(kind.strip().lower()) if colon else None
+    if make:
+        mask = make(size, read_shares(text, numbers), feather)
+        if mask.getextrema()[1] >= 128: return mask
+        raise ValueError(f"the mask {text!r} covers nothing of the picture; give {FORMS}")
+    try: return read_mask(text, size)
+    except ValueError as e: raise ValueError(f"{e}; a mask is {FORMS}") from None
+
 # %% ../nbs/04_surrogates.ipynb #35d9c438
 def fitting(mask, image):
     "The mask in mode L. ValueError if it is not of the image's size."
@@ -106,67 +136,83 @@ def keep(image, edited, mask):
     return Image.composite(edited, image.convert(edited.mode), fitting(mask, image))
 
 # %% ../nbs/04_surrogates.ipynb #653d7e2e
-def repaint(denoiser, x0, m, x_t, start, gens, steps, resample=1):
+def noise_up(denoiser, x_low, low, t, eps):
+    "From x_low [B, C, H, W] at level low up to level t, with noise eps of the same shape."
+    (a, s), (a_low, s_low) = (denoiser.scales(denoiser.level(level, 1)) for level in (t, low))
+    return a / a_low * x_low + (s ** 2 - (a / a_low * s_low) ** 2).sqrt() * eps
+
+def repaint(denoiser, x0, m, x_t, start, gens, steps, resample=1, cond=None):
     """From x_t [B, C, H, W] at level start to clean images: new where m [1, 1, H, W] is 1.
 
     resample: how often each step is made. 1: replacement (Sohl-Dickstein et al. 2015, Song et al.
     2021). More: before each repetition the result is noised back to where the step began (RePaint,
-    Lugmayr et al. 2022, algorithm 1)."""
+    Lugmayr et al. 2022, algorithm 1). cond: as for `Denoiser.predict`."""
     def fresh(): return randn(gens, denoiser.shape, denoiser.device)
     def known(t): return denoiser.noise(x0, fresh(), denoiser.level(t, 1)) if t >= 0 else x0
-    times = denoiser.timesteps(start, steps).tolist()
+    times, eta = denoiser.timesteps(start, steps).tolist(), denoiser.schedule.eta
     for t, t_next in zip(times, times[1:] + [-1]):
         for k in range(resample if t_next >= 0 else 1):
-            if k:                                                  # jump back
-                ratio = denoiser.schedule.abar[t] / denoiser.schedule.abar[t_next]
-                x_t = ratio.sqrt() * x_t + (1 - ratio).sqrt() * fresh()
-            x0_hat = denoiser.predict(x_t, t)
-            x_t = denoiser.step(x_t, x0_hat, t, t_next, eta=1., noise=fresh())
+            if k: x_t = noise_up(denoiser, x_t, t_next, t, fresh())      # jump back
+            x0_hat = denoiser.predict(x_t, t, cond)
+            x_t = denoiser.step(x_t, x0_hat, t, t_next, eta, fresh() if eta else None)
             x_t = m * x_t + (1 - m) * known(t_next)
     return x_t
 
-def plain(denoiser):
-    "ValueError for a model of latents, or with words: these edits are for models of plain pixels."
-    if denoiser.vae or denoiser.prompts:
-        raise ValueError("this edit needs a model that makes pixels without words; "
-                         "edit the picture in any program, or with Pillow or `compose`")
-
-def encode_pair(denoiser, image, mask):
-    "Image [1, C, H, W] and mask [1, 1, H, W] in [0, 1]."
-    plain(denoiser)
-    return denoiser.encode([image]), denoiser.encode([fitting(mask, image)])[:, :1] / 2 + .5
-
 # %% ../nbs/04_surrogates.ipynb #987ebe8a
+def encode_pair(denoiser, image, mask):
+    "Image x0 [1, C, h, w], and the mask [1, 1, h, w] in [0, 1] on its grid, by area."
+    m = to_tensor([fitting(mask, image)])[:, :1].to(denoiser.device) / 2 + .5
+    return denoiser.encode([image]), adaptive_avg_pool2d(m, denoiser.shape[1:])
+
 @torch.no_grad()
-def inpaintings(denoiser, image, mask, seeds, steps, resample=1):
-    "One `inpaint` per seed, all at once."
-    x0, m = encode_pair(denoiser, image, mask or ellipse(image.size))
-    gens = generators(seeds)
-    x_t = randn(gens, denoiser.shape, denoiser.device)
-    return denoiser.decode(repaint(denoiser, x0, m, x_t, denoiser.T - 1, gens, steps, resample))
+def inpaintings(denoiser, image, mask, seeds, steps, resample=1, *, prompt=None, t=None,
+                begin=None):
+    """One `inpaint` per seed, few at a time of a large model: PIL pictures.
+
+    t: not from pure noise, but from the image at this level, or from that of the pictures `begin`,
+    one for each seed (`sdedit`)."""
+    mask = mask or ellipse(image.size)
+    x0, m = encode_pair(denoiser, image, mask)
+    start, gens, images = denoiser.T - 1 if t is None else t, generators(seeds), []
+    source = denoiser.encode(begin) if begin else x0.expand(len(gens), -1, -1, -1)
+    cond, batch = denoiser.prompt_ids(prompt, len(gens)), max_batch(denoiser, 64)
+    for k in range(0, len(gens), batch):
+        some = slice(k, k + batch)
+        x_t = randn(gens[some], denoiser.shape, denoiser.device)
+        if t is not None: x_t = denoiser.noise(source[some], x_t, denoiser.level(t, len(x_t)))
+        c = None if cond is None else cond[some]
+        x = repaint(denoiser, x0, m, x_t, start, gens[some], steps, resample, c)
+        images += denoiser.decode(x)
+    return [keep(image, x, mask) for x in images] if denoiser.vae else images
 
 # %% ../nbs/04_surrogates.ipynb #1d0a77c2
-def inpaint(denoiser, image, *, mask=None, seed=0, steps=50, resample=1):
+def inpaint(denoiser, image, *, mask=None, seed=0, steps=25, resample=1, prompt=None):
     """Let the model itself repaint what a mask covers; the rest stays. Another seed, another face.
 
     image: PIL, of the model's size. mask: PIL, 255 where to repaint (default: `ellipse`).
     resample: 1 puts the known part back after each step (Sohl-Dickstein et al. 2015, Song et al.
-    2021); more makes each step so often, with jumps back (RePaint, Lugmayr et al. 2022)."""
+    2021); more makes each step so often, with jumps back (RePaint, Lugmayr et al. 2022).
+    prompt: of a model that wants one. ValueError for a picture or a mask of another size."""
     if resample < 1: raise ValueError(f"resample = {resample} makes no step; give 1 or more")
-    return inpaintings(denoiser, image, mask, [seed], steps, resample)[0]
+    return inpaintings(denoiser, image, mask, [seed], steps, resample, prompt=prompt)[0]
 
 # %% ../nbs/04_surrogates.ipynb #b75d61e6
-@torch.no_grad()
-def sdedit(denoiser, image, *, mask=None, seed=0, t=500, steps=50):
-    """Noise the image to level t (0 ... T-1) and denoise it with the seed's own noise: SDEdit.
+def level_of(denoiser, t):
+    "The model's own level for t of 1000. ValueError if there is none."
+    if 0 <= t < 1000: return denoiser.of_thousand(t)
+    raise ValueError(f"level t = {t} does not exist; give 0 ... 999, "
+                     "whatever the model's own number of levels is")
+
+# %% ../nbs/04_surrogates.ipynb #d26ff61d
+def sdedit(denoiser, image, *, mask=None, seed=0, t=500, steps=25, prompt=None):
+    """Noise the image to level t (0 ... 999) and denoise it with the seed's own noise: SDEdit.
 
     Meng et al. 2021. The higher t, the larger the edit. mask: PIL, 255 where it may change
-    (default: everywhere)."""
-    x0, m = encode_pair(denoiser, image, mask or Image.new("L", image.size, 255))
-    gens = generators([seed])
-    denoiser.timesteps(t, steps)   # is there such a level?
-    x_t = denoiser.noise(x0, randn(gens, denoiser.shape, denoiser.device), denoiser.level(t, 1))
-    return denoiser.decode(repaint(denoiser, x0, m, x_t, t, gens, steps))[0]
+    (default: everywhere). prompt: of a model that wants one. t stands for a level of 1000, however
+    many the model has. ValueError for another level or size."""
+    everywhere = Image.new("L", image.size, 255)
+    how = dict(prompt=prompt, t=level_of(denoiser, t))
+    return inpaintings(denoiser, image, mask or everywhere, [seed], steps, **how)[0]
 
 # %% ../nbs/04_surrogates.ipynb #be8b8d29
 def compose(denoiser, image, *, mask=None, seed=0, source):
@@ -220,81 +266,128 @@ class Check:
     heat: Image.Image = field(repr=False, compare=False)   # black: equal; yellow: far
 
 # %% ../nbs/04_surrogates.ipynb #ac922e9f
+def may_differ(image, mask=None):
+    "Where a surrogate may differ: the mask, or an ellipse over head and hair."
+    return fitting(mask or ellipse(image.size, (.04, -.04, .96, .98)), image)
+
+def objections(similarity, rmse, background, max_similarity, max_rmse, min_background_psnr):
+    "What speaks against a surrogate of which this was measured: a tuple of sentences."
+    said = []
+    if similarity > max_similarity:
+        said.append(f"similarity {similarity:.2f} is above {max_similarity:g}: too alike to "
+                    "forget; let the edit cover more, or take another seed")
+    if rmse > max_rmse:
+        said.append(f"rmse {rmse:.2f} is above {max_rmse}: so large an edit makes other "
+                    "pictures drift; cover less, or take a nearer surrogate")
+    if background < min_background_psnr:
+        said.append(f"the background changes too ({background:.0f} dB, below "
+                    f"{min_background_psnr:.0f}): keep it with a mask")
+    return tuple(said)
+
+@torch.no_grad()
+def checks(x_f, images, *, mask=None, describe=None, max_similarity=.3, max_rmse=.35,
+           min_background_psnr=30.):
+    "One `check` for each of the images, which are described together."
+    limits = max_similarity, max_rmse, min_background_psnr
+    x = to_tensor([x_f, *images])
+    described = (describe or face_descriptor())(x)
+    outside = to_tensor([may_differ(x_f, mask)])[0, 0] == -1               # black in the mask
+    found = []
+    for d, vector in zip((x[1:] - x[0]).square().mean(1), described[1:]):  # d [H, W]
+        similarity = torch.cosine_similarity(described[0], vector, dim=0).item()
+        rmse, background = d.mean().sqrt().item(), float("inf")
+        if outside.any(): background = 10 * torch.log10(4 / d[outside].mean()).item()
+        heat = Image.fromarray((d.sqrt().clamp(0, 1) * 255).round().byte().numpy())
+        heat = ImageOps.colorize(heat, "black", "yellow", mid="red")
+        warnings = objections(similarity, rmse, background, *limits)
+        found.append(Check(similarity, rmse, background, warnings, heat))
+    return found
+
+# %% ../nbs/04_surrogates.ipynb #7324cd6a
 def check(x_f, x_s, *, mask=None, describe=None,
-          max_similarity=.3, max_rmse=.35, min_background_psnr=30.):
+          max_similarity=None, max_rmse=.35, min_background_psnr=30.):
     """How far a surrogate is from its forget image, and where: a `Check`. Both: PIL, of one size.
 
     mask: where it may differ (default: an ellipse over head and hair). describe: as for `neighbour`
-    (default: `face_descriptor()`). Warns above the similarity `max_similarity` (too weak to
-    forget), above `max_rmse` or below the background PSNR `min_background_psnr` (others will
-    drift)."""
+    (default: `face_descriptor()`). Warns above the similarity `max_similarity` (too weak to forget;
+    default: the descriptor's own `limit`, else .3), above `max_rmse` or below the background PSNR
+    `min_background_psnr` (others will drift). ValueError for two sizes."""
     if x_s.size != x_f.size:
         raise ValueError(f"the surrogate is {x_s.width} x {x_s.height} pixels, the forget image "
                          f"{x_f.width} x {x_f.height}; they must be of one size")
-    x = to_tensor([x_f, x_s])
-    with torch.no_grad(): a, b = (describe or face_descriptor())(x)
-    difference = (x[1] - x[0]).square().mean(0)                                  # [H, W]
-    may_differ = fitting(mask or ellipse(x_f.size, (.04, -.04, .96, .98)), x_f)
-    outside = to_tensor([may_differ])[0, 0] == -1                                # black in the mask
-    similarity, rmse = torch.cosine_similarity(a, b, dim=0).item(), difference.mean().sqrt().item()
-    background = float("inf")
-    if outside.any(): background = 10 * torch.log10(4 / difference[outside].mean()).item()
-    warnings = []
-    if similarity > max_similarity:
-        warnings.append(f"similarity {similarity:.2f} is above {max_similarity}: too alike to "
-                        "forget; let the edit cover more, or take another seed")
-    if rmse > max_rmse:
-        warnings.append(f"rmse {rmse:.2f} is above {max_rmse}: so large an edit makes other "
-                        "pictures drift; cover less, or take a nearer surrogate")
-    if background < min_background_psnr:
-        warnings.append(f"the background changes too ({background:.0f} dB, below "
-                        f"{min_background_psnr:.0f}): keep it with a mask")
-    heat = Image.fromarray((difference.sqrt().clamp(0, 1) * 255).round().byte().numpy())
-    heat = ImageOps.colorize(heat, "black", "yellow", mid="red")
-    return Check(similarity, rmse, background, tuple(warnings), heat)
+    if max_similarity is None: max_similarity = getattr(describe, "limit", .3)
+    limits = dict(max_similarity=max_similarity, max_rmse=max_rmse,
+                  min_background_psnr=min_background_psnr)
+    return checks(x_f, [x_s], mask=mask, describe=describe, **limits)[0]
 
 # %% ../nbs/04_surrogates.ipynb #047d3d71
-def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, limit=.15):
-    """The `inpaint` of one of the seeds: the nearest to the image in pixels that is somebody else.
+def score(found, limit):
+    """What a surrogate must keep small, the first thing first, of its `Check`.
 
-    Somebody else: a face similarity of at most limit. If there is none, as where the model has
-    learned the image by heart and paints nothing else, of 64 other pictures that it makes, unless
-    a mask says where it may differ."""
-    def chosen(images):
-        x = to_tensor([image, *images])
-        described = face_descriptor()(x)
-        similarity = described[1:] @ described[0]
-        distance = (x[1:] - x[0]).square().flatten(1).mean(1)
-        allowed = distance.masked_fill(similarity > limit, torch.inf)
-        found = allowed.isfinite().any()
-        return images[allowed.argmin() if found else similarity.argmin()], found
-    surrogate, found = chosen(inpaintings(denoiser, image, mask, seeds, steps))
-    if found or mask is not None: return surrogate
-    others = denoiser.decode(denoiser.sample(range(400_000, 400_064), steps))
-    return chosen([surrogate, *others])[0]
+    How far it is too alike; whether the rest has changed (below 30 dB); the size of the edit."""
+    return max(found.similarity - limit, 0.), found.background < 30, found.rmse
+
+def ranked(image, images, limit, **how):
+    "Pairs (score, picture), the best first; of equals the earlier."
+    scores = [score(found, limit) for found in checks(image, images, **how)]
+    return [(scores[k], images[k]) for k in sorted(range(len(images)), key=scores.__getitem__)]
+
+# %% ../nbs/04_surrogates.ipynb #88a138a0
+def fitted(denoiser, image, mask, composed, steps, prompt=None):
+    "Pictures that were pasted into the image where the mask is white, made to fit by `sdedit`."
+    def fit(t):
+        how = dict(prompt=prompt, t=denoiser.of_thousand(t), begin=composed)
+        return inpaintings(denoiser, image, mask, range(len(composed)), steps, **how)
+    return fit(300) + fit(500)
+
+# %% ../nbs/04_surrogates.ipynb #3d2696a8
+def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=None, describe=None,
+            limit=None):
+    """A surrogate from the model alone, of the image's size: of some candidates the best by `score`.
+
+    First one `inpaint` of each seed. If none of them is somebody else (a similarity of at most
+    `limit`), as where the model has learned the image by heart and paints nothing else: other
+    pictures that it makes, four for each seed, the nearest half as many as seeds `fitted` into the
+    image; and if a mask does not forbid it, the others as they are.
+
+    mask: where it may differ (default: the face; of what is fitted, head and hair). prompt: of a
+    model that wants one. describe, limit: by what, and to which similarity, it is somebody else
+    (default: `face_descriptor()`, .15; of other descriptors their `limit`). The same seeds give the
+    same surrogate. If nothing is good enough it is the least alike: see what `check` says of it.
+    ValueError for a picture or mask of another size, or no prompt where one is wanted."""
+    limit = getattr(describe, "limit", .15) if limit is None else limit
+    how = dict(limit=limit, mask=mask, describe=describe)
+    painted = ranked(image, inpaintings(denoiser, image, mask, seeds, steps, prompt=prompt), **how)
+    (too_alike, *_), best = painted[0]
+    if not too_alike: return best
+    many, where = len(painted), may_differ(image, mask)
+    further = range(400_000, 400_000 + 4 * many)
+    others = denoiser.decode(denoiser.sample(further, steps, prompt=prompt))
+    composed = [compose(denoiser, image, mask=where, source=other) for other in others]
+    near = [x for _, x in ranked(image, composed, **how)][:max(1, many // 2)]
+    images = fitted(denoiser, image, where, near, steps, prompt)
+    return ranked(image, [best, *images, *(others if mask is None else [])], **how)[0][1]
 
 # %% ../nbs/04_surrogates.ipynb #de37ecf3
-def belief(denoiser, x_t, t):
+def belief(denoiser, x_t, t, cond=None):
     "`predict` of a denoiser, clipped as its sampler clips it."
-    x0 = denoiser.predict(x_t, t)
+    x0 = denoiser.predict(x_t, t, cond)
     return x0.clamp(-denoiser.clip, denoiser.clip) if denoiser.clip else x0
 
 # %% ../nbs/04_surrogates.ipynb #f8d4b993
 @torch.no_grad()
-def invert(denoiser, x0, steps=25, rounds=4):
+def invert(denoiser, x0, steps=25, rounds=4, prompt=None):
     """The noise [B, C, H, W] from which DDIM in so many steps leads to the images x0 [B, C, H, W].
 
     rounds of the fixed point in each step: 1 is the usual inversion (Song et al. 2021), more is
-    AIDI's (Pan et al. 2023)."""
-    plain(denoiser)
-    a, s, x_t = 1., 0., x0
+    AIDI's (Pan et al. 2023). Of a flow, Euler's steps backwards. prompt: of a model that wants one,
+    one for all or one for each; what a guided model makes of words is harder to undo."""
+    cond, back = denoiser.prompt_ids(prompt, len(x0)), denoiser.schedule.back
+    low, x_t = -1, x0
     for t in denoiser.timesteps(denoiser.T - 1, steps).tolist()[::-1]:
-        abar = denoiser.schedule.abar[t]
-        a_up, s_up, x_up = abar.sqrt(), (1 - abar).sqrt(), x_t
-        for _ in range(rounds):
-            eps = (x_up - a_up * belief(denoiser, x_up, t)) / s_up
-            x_up = a_up / a * x_t + (s_up - a_up / a * s) * eps
-        a, s, x_t = a_up, s_up, x_up
+        x_up = x_t
+        for _ in range(rounds): x_up = back(x_t, x_up, belief(denoiser, x_up, t, cond), low, t)
+        low, x_t = t, x_up
     return x_t
 
 # %% ../nbs/04_surrogates.ipynb #f778b3a9
@@ -315,27 +408,27 @@ def bottleneck(denoiser):
 
 # %% ../nbs/04_surrogates.ipynb #5bfdc827
 @torch.no_grad()
-def direction(denoiser, plus, minus, *, seed=0, steps=25):
+def direction(denoiser, plus, minus, *, seed=0, steps=25, prompt=None):
     """What tells pictures with a trait (plus) from those without (minus) in the bottleneck.
 
     At each level of a path: [steps, C, h, w]; a difference of means in h-space (Haas et al. 2023).
     plus, minus: lists of PIL images of the model's size; picture i of both is seen through the same
-    noise, so pairs of one person say most."""
+    noise, so pairs of one person say most. prompt: of a model that wants one, for all."""
     if not plus or not minus:
         raise ValueError(f"{len(plus)} pictures with the trait and {len(minus)} without were "
                          "given; give at least one of each")
-    plain(denoiser)
     block, times = bottleneck(denoiser), denoiser.timesteps(denoiser.T - 1, steps).tolist()
     def h(images, t):
         x0, seen = denoiser.encode(images), []
+        cond = denoiser.prompt_ids(prompt, len(x0))
         eps = randn(generators(range(seed, seed + len(x0))), denoiser.shape, denoiser.device)
         x_t = denoiser.noise(x0, eps, denoiser.level(t, len(x0)))
-        with hooked(block, seen.append): denoiser.predict(x_t, t)
+        with hooked(block, seen.append): denoiser.predict(x_t, t, cond)
         return seen[0].float().mean(0)
     return torch.stack([h(plus, t) - h(minus, t) for t in times])
 
 # %% ../nbs/04_surrogates.ipynb #f52d5a38
-def moved(denoiser, x_t, along, strength, asymmetric=True):
+def moved(denoiser, x_t, along, strength, asymmetric=True, cond=None):
     """From the noise x_t [B, C, H, W] to images, by DDIM, with a shift in the bottleneck.
 
     The shift is strength times along [S, C, h, w] (Kwon et al. 2022)."""
@@ -346,20 +439,23 @@ def moved(denoiser, x_t, along, strength, asymmetric=True):
         return h + strength * d.to(h)
     times = denoiser.timesteps(denoiser.T - 1, len(along)).tolist()
     for t, t_next, d in zip(times, times[1:] + [-1], along):
-        x0 = belief(denoiser, x_t, t)
-        with hooked(bottleneck(denoiser), shift): shifted = belief(denoiser, x_t, t)
-        a_next = denoiser.schedule.abar[t_next].sqrt() if t_next >= 0 else 1.
+        x0 = belief(denoiser, x_t, t, cond)
+        with hooked(bottleneck(denoiser), shift): shifted = belief(denoiser, x_t, t, cond)
+        a_next = denoiser.scales(denoiser.level(t_next, 1))[0] if t_next >= 0 else 1.
         if asymmetric: x_t = denoiser.step(x_t, x0, t, t_next) + a_next * (shifted - x0)
         else: x_t = denoiser.step(x_t, shifted, t, t_next)
     return x_t
 
 # %% ../nbs/04_surrogates.ipynb #020fcd91
 @torch.no_grad()
-def attribute(denoiser, image, *, mask=None, seed=0, along, strength=2.):
+def attribute(denoiser, image, *, mask=None, seed=0, along, strength=2., prompt=None):
     """Move one trait: DDIM inversion, then sampling with a shift in the bottleneck.
 
     The shift is strength times a `direction`, along [steps, C, h, w]: Asyrp (Kwon et al. 2022).
     mask: PIL, 255 where it may change (default: everywhere). Strength 0 gives the image back, as
-    well as `invert` can. Nothing here is random: the seed is not used."""
-    x_t = invert(denoiser, denoiser.encode([image]), len(along))
-    return keep(image, denoiser.decode(moved(denoiser, x_t, along, strength))[0], mask)
+    well as `invert` can. Nothing here is random: the seed is not used. prompt: of a model that
+    wants one."""
+    cond = denoiser.prompt_ids(prompt, 1)
+    x_t = invert(denoiser, denoiser.encode([image]), len(along), prompt=prompt)
+    edited = moved(denoiser, x_t, along, strength, cond=cond)
+    return keep(image, denoiser.decode(edited)[0], mask)
