@@ -475,7 +475,7 @@ def test_what_does_not_fit_is_refused_in_one_sentence(sd3):
         (lambda: run(image=image), '8 x 8 pixels, but this model makes 16 x 16'),
         (lambda: run(replace(SMALL, sampling='high')), "sampling 'high' is not known; expected one of low, uniform"),
         (lambda: bits_per_dim(sd3, torch.zeros(1, 4, 8, 8)), 'this model makes latents'),
-        (lambda: surrogates.invert(sd3, sd3.encode([request.image])), 'this model makes pictures of words; give prompt'),
+        (lambda: surrogates.invert(sd3, sd3.encode([request.image])), 'this model makes pictures of words'),
         (lambda: surrogates.direction(sd3, [request.image], [request.image], prompt=''), 'has no mid_block')]
     for act, words in cases:
         with pytest.raises(ValueError) as e: act()

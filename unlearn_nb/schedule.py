@@ -103,8 +103,6 @@ class Schedule:
 class DDPM(Schedule):
     "Timesteps 0 ... T-1: a = sqrt(abar), s = sqrt(1 - abar), abar [T] (Ho et al. 2020)."
 
-    eta = 1.   # how much fresh noise an edit draws on its way (module `surrogates`)
-
     def __init__(self, abar, prediction="epsilon"):
         self.abar, self.prediction, self.T = abar, prediction, len(abar)
 
@@ -142,20 +140,11 @@ class DDPM(Schedule):
         abar, abar_next = self.abar[int(t)], self.abar[int(t_next)]
         return eta * ((1 - abar_next) / (1 - abar) * (1 - abar / abar_next)).sqrt()
 
-    def back(self, x_low, x_up, x0, low, t):
-        "A better x_up, from which `step` leads to x_low at level low (-1: clean), if x0 is seen at x_up."
-        a, s = self.scales(self.level(low, 1)) if low >= 0 else (1., 0.)
-        a_up, s_up = self.scales(self.level(t, 1))
-        eps = (x_up - a_up * x0) / s_up
-        return a_up / a * x_low + (s_up - a_up / a * s) * eps
-
 # %% ../nbs/01_schedule.ipynb #7873ab8e
 class Flow(Schedule):
     """A straight line (Liu et al. 2022): s = (t + 1) / T, a = 1 - s, t any number above -1.
 
     shift, sigma_min: of the sampler's grid, as FlowMatchEulerDiscreteScheduler has them."""
-
-    eta = 0.   # an edit draws no noise on its way
 
     def __init__(self, T, shift=1., sigma_min=.001, device="cpu"):
         self.T, self.prediction, self.device = T, "flow", device
@@ -191,7 +180,3 @@ class Flow(Schedule):
     def fresh(self, t, t_next, eta):
         "None: ValueError unless eta is 0."
         if eta: raise ValueError(f"eta = {eta}, but a flow draws no noise on its way; give eta=0")
-
-    def back(self, x_low, x_up, x0, low, t):
-        "A better x_up, from which `step` leads to x_low at level low (-1: clean), if x0 is seen at x_up."
-        return x_low + (t - low) / self.T * self.target(x_up, x0, self.level(t, 1))

@@ -17,7 +17,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 
 from .denoiser import max_batch, read_image
 from .faces import face_descriptor, mask as face_mask, to_tensor
-from .schedule import generators, randn
+from .schedule import DDPM, Flow, generators, randn
 
 # %% ../nbs/04_surrogates.ipynb #8a282c5f
 FACE = ("face", "eyes", "brows", "nose", "mouth", "beard", "glasses")   # all but hair and clothes
@@ -136,6 +136,8 @@ def keep(image, edited, mask):
     return Image.composite(edited, image.convert(edited.mode), fitting(mask, image))
 
 # %% ../nbs/04_surrogates.ipynb #653d7e2e
+DDPM.eta, Flow.eta = 1., 0.   # how much fresh noise a step of an edit draws
+
 def noise_up(denoiser, x_low, low, t, eps):
     "From x_low [B, C, H, W] at level low up to level t, with noise eps of the same shape."
     (a, s), (a_low, s_low) = (denoiser.scales(denoiser.level(level, 1)) for level in (t, low))
@@ -373,6 +375,20 @@ def belief(denoiser, x_t, t, cond=None):
     "`predict` of a denoiser, clipped as its sampler clips it."
     x0 = denoiser.predict(x_t, t, cond)
     return x0.clamp(-denoiser.clip, denoiser.clip) if denoiser.clip else x0
+
+# %% ../nbs/04_surrogates.ipynb #c0be9a4f
+def ddim_back(self, x_low, x_up, x0, low, t):
+    "A better x_up at level t, from which a step leads to x_low at level low, if x0 is seen at x_up."
+    a, s = self.scales(self.level(low, 1)) if low >= 0 else (1., 0.)
+    a_up, s_up = self.scales(self.level(t, 1))
+    eps = (x_up - a_up * x0) / s_up
+    return a_up / a * x_low + (s_up - a_up / a * s) * eps
+
+def euler_back(self, x_low, x_up, x0, low, t):
+    "The same for a flow: Euler's step from x_low with the velocity at x_up."
+    return x_low + (t - low) / self.T * self.target(x_up, x0, self.level(t, 1))
+
+DDPM.back, Flow.back = ddim_back, euler_back
 
 # %% ../nbs/04_surrogates.ipynb #f8d4b993
 @torch.no_grad()
