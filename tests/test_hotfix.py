@@ -5,6 +5,7 @@ import hashlib
 import hmac
 import json
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
+from diffusers import DiffusionPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, LoraModel
@@ -255,6 +258,67 @@ def test_two_readers_are_safe():
     d = base()
     alone = [d.sample([k], steps=3) for k in range(4)]
     assert all(map(torch.equal, in_threads(4, lambda k: d.sample([k], steps=3)), alone))
+
+
+# --- ways out: as diffusers has them ---
+
+def front(readme):
+    "What programs read of a model card."
+    return yaml.safe_load(readme.split('---')[1])
+
+
+def test_merged_and_saved_it_is_a_pipeline_that_says_what_is_in_it(tmp_path):
+    "Stock diffusers loads it, the weights are those with both on, and the card names base and hotfixes."
+    d, one, two = base(), hotfix(base()), hotfix(base(), 1)
+    one.apply(d), two.apply(d)
+    d.save_pretrained(tmp_path)
+    merged = DiffusionPipeline.from_pretrained(tmp_path)
+    assert equal(merged.unet.state_dict(), weights(d)) and type(merged.scheduler) is type(d.scheduler)
+    facts = front((tmp_path/'README.md').read_text())
+    assert facts['unlearn_nb'] == {'base': 'tiny', 'base_sha256': fingerprint(base()), 'hotfixes': [one.id, two.id]}
+    assert facts['library_name'] == 'diffusers' and 'base_model' not in facts
+    d.revision = 'f' * 40
+    d.save_pretrained(tmp_path)
+    assert front((tmp_path/'README.md').read_text())['base_model'] == 'tiny'
+
+
+class Hub:
+    "A hub in a folder."
+    def __init__(self, place): self.place = place
+    def create_repo(self, repo_id, **how):
+        self.how = how
+        return SimpleNamespace(repo_id=f'me/{repo_id}')
+    def upload_folder(self, *, repo_id, folder_path, **how):
+        shutil.copytree(folder_path, self.place/repo_id)
+        return how
+
+
+def test_only_the_public_part_goes_to_the_hub_and_comes_back(tmp_path, monkeypatch):
+    d, hub = base(), Hub(tmp_path)
+    fix = answered(d, [Request(RED, BLUE, SEED)], told={'prompt': PROMPT})
+    monkeypatch.setattr(module, 'HfApi', lambda token: hub)
+    assert fix.push_to_hub('fix', private=True, token='t') == {'commit_message': 'Hotfix', 'create_pr': False}
+    assert hub.how == {'private': True, 'exist_ok': True}
+    files = {p.name: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    assert files.keys() == {'card.json', 'hotfix.safetensors', 'README.md'}
+    secret = [str(SEED), PROMPT, fix.receipt.key.hex(), picture_sha256(RED), picture_sha256(BLUE)]
+    assert not any(s.encode() in data for s in secret for data in files.values())
+    assert front(files['README.md'].decode())['unlearn_nb']['hotfixes'] == [fix.id]
+    def download(name, revision, token, allow_patterns):
+        assert (name, revision, token) == ('me/fix', 'v1', 't')
+        return tmp_path/name
+    monkeypatch.setattr(module, 'snapshot_download', download)
+    again = Hotfix.from_pretrained('me/fix', revision='v1', token='t')
+    assert again == fix and again.receipt is None and Hotfix.from_pretrained(tmp_path/'me'/'fix') == fix
+    again.save_pretrained(tmp_path/'copy')
+    assert Hotfix.load(tmp_path/'copy') == fix
+
+
+def test_what_the_hub_does_not_have_is_one_sentence(tmp_path, monkeypatch):
+    with pytest.raises(ConnectionError, match="'nobody/nothing' is no folder.*connect"):
+        Hotfix.from_pretrained('nobody/nothing')   # tests have no network
+    refused(lambda: Hotfix.from_pretrained('a/b/c'), "'a/b/c' is no folder and no hotfix on the hub", 'owner/name')
+    refused(lambda: Hotfix.from_pretrained(tmp_path), 'holds no hotfix')
 
 
 # --- several, in any order ---

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from diffusers import DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from torch import Tensor
 
+from .copies import check_descriptor
 from .denoiser import Denoiser, max_batch
 from .figures import BASE, EDITED, FORGET, RETAIN, Table, to_image
 from .hotfix import Hotfix, picture_sha256
@@ -764,6 +765,7 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
     steps = request.steps or card.get("config", {}).get("sampling_steps", 25)
     seeds = None if request.seed is None else (request.seed,)
     target = Target(denoiser.encode([request.image]), seeds, request.prompt)
+    check_descriptor(describe, denoiser.pixels(target.x))
     pictures = never_made(denoiser, never, request.prompt, steps)
     world = World(denoiser, edited(denoiser, hotfix), describe, steps, card=card)
     null, beside = None, not quick and any(ATTACKS[name].kind == "file" for name in names)

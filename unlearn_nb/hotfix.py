@@ -18,15 +18,17 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import zip_longest
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import diffusers
 import torch
+from huggingface_hub import HfApi, errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch.nn import functional as F
 
 from . import __version__
-from .denoiser import read_image
+from .denoiser import Denoiser, patch, read_image
 from .figures import Table, png_bytes
 from .files import fingerprint, name_of, write
 from .states import Request
@@ -203,6 +205,8 @@ class Hotfix(Change):
         "Write the receipt, if any, into `private_folder(folder)`, then the change, and the card last."
         if self.receipt: write_receipt(self.receipt, private_folder(folder), self.id)
         store(Path(folder), self.delta, self.card | {"hotfix_sha256": self.id})
+
+    save_pretrained = save   # as diffusers calls it
 
     @classmethod
     def load(cls, folder):
@@ -438,3 +442,62 @@ def read_request(folder, k, row):
                              "take it from a copy")
     copies = None if row["copies"] is None else tuple(row["copies"])
     return Request(*images, row["seed"], row["prompt"], row["steps"], copies)
+
+# %% ../nbs/10_hotfix.ipynb #27604d15
+def model_card(base, hotfixes, how):
+    "The text of a README.md: base and ids of hotfixes, for programs (YAML) and people; how: how to use it."
+    hub = {"base_model": base["id"]} if base.get("revision") else {}   # a commit: it came from the hub
+    facts = {"library_name": "diffusers", "tags": ["unlearning", "unlearn_nb"], **hub,
+             "unlearn_nb": {"base": base["id"], "base_sha256": base["sha256"], "hotfixes": hotfixes}}
+    head = "\n".join(f"{k}: {json.dumps(v)}" for k, v in facts.items())
+    return (f"---\n{head}\n---\n\nMade with [unlearn_nb](https://github.com/unlearn-nb/unlearn_nb) from the base "
+            f"`{base['id']}`, whose weights have the SHA-256 `{base['sha256']}`. Hotfixes in it, by their ids: "
+            f"{', '.join(f'`{h}`' for h in hotfixes) or 'none'}.\n\n{how}\n").encode()
+
+# %% ../nbs/10_hotfix.ipynb #7abb1ffa
+@patch
+def save_pretrained(self: Denoiser, folder):
+    """Write the model as it is now, hotfixes included, as diffusers does, with a model card that names them.
+
+    Of pixels: a whole pipeline, which `zoo.load` and diffusers load. With words: the net alone, in folder/unet or
+    folder/transformer, to stand in place of the base's."""
+    folder, kind = Path(folder), PARTS.get(self.kind, "transformer." if "Transformer" in self.kind else "unet.")
+    part = kind.removesuffix(".") if self.prompts or self.vae else ""
+    with self.lock:
+        if part: self.net.save_pretrained(folder / part)
+        else: diffusers.DDPMPipeline(self.net, self.scheduler).save_pretrained(folder)
+        ids = [i for h in self.hotfixes for i in stands_for(h)]
+        base = {"id": self.name, "revision": self.revision, "sha256": fingerprint(self, base=True)}
+    how = (f"Put the folder `{part}` in the place of that of the base." if part else
+           "`diffusers.DiffusionPipeline.from_pretrained` loads it.")
+    write(folder / "README.md", model_card(base, ids, how))
+
+@patch
+def push_to_hub(self: Hotfix, repo_id, *, private=None, token=None, create_pr=False, commit_message="Hotfix"):
+    """Upload the public part, and never the receipt: the change, its card, and a model card.
+
+    Arguments as those of diffusers; returns what `HfApi.upload_folder` does. What the hub refuses is raised as it is."""
+    api = HfApi(token=token)
+    repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    with TemporaryDirectory() as folder:
+        store(Path(folder), self.delta, self.card | {"hotfix_sha256": self.id})
+        how = f'`Hotfix.from_pretrained("{repo}").apply(model)`, with `Hotfix` of `unlearn_nb.hotfix`.'
+        write(Path(folder) / "README.md", model_card(self.card["base"], stands_for(self), how))
+        return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr)
+
+# %% ../nbs/10_hotfix.ipynb #630a9d9d
+def from_pretrained(cls, name, *, revision=None, token=None):
+    """A `Hotfix` from a folder, or from the hub by its id (revision: commit, branch or tag).
+
+    ValueError, in one sentence, for what is not there or no hotfix; ConnectionError without network."""
+    if Path(name).is_dir(): return cls.load(name)
+    try: folder = snapshot_download(name, revision=revision, token=token, allow_patterns=["card.json", "hotfix.*"])
+    except errors.LocalEntryNotFoundError:
+        raise ConnectionError(f"{str(name)!r} is no folder, and not here from the hub, which cannot be reached; "
+                              "connect, or give the folder that a run wrote") from None
+    except (errors.HFValidationError, errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        raise ValueError(f"{str(name)!r} is no folder and no hotfix on the hub that you may read; "
+                         "give the folder that a run wrote, or owner/name") from None
+    return cls.load(folder)
+
+Hotfix.from_pretrained = classmethod(from_pretrained)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .copies import copy_bars, is_copy, nearest, nearness, strangers
+from .copies import check_descriptor, copy_bars, is_copy, nearest, nearness, strangers
 from .denoiser import max_batch
 from .figures import BASE, EDITED, FORGET, SURROGATE, Table, png_bytes, to_image
 from .files import write
@@ -411,6 +411,7 @@ def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, des
     pictures that the model never made; without it the m controls are the model's own pictures of other
     seeds (m = 0: none).
     checks: of the surrogates (`surrogates.check`), if known. kw: as for `outputs`."""
+    check_descriptor(describe, denoiser.pixels(denoiser.encode([r.image for r in requests])))
     if before is None:
         controls = controls_of(denoiser, requests, never, m, kw.get("steps", 25))
         before = outputs(denoiser, requests, controls, **kw)
