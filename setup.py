@@ -2,8 +2,10 @@
 import re
 from configparser import ConfigParser
 from pathlib import Path
+from runpy import run_path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 here = Path(__file__).parent
 parser = ConfigParser(delimiters=['='])
@@ -23,7 +25,17 @@ def readme():
     return re.sub(r'(!?)(\[[^\[\]]*\])\((?![a-z]+:|#)', whole, text)
 
 
+class WithStubs(build_py):
+    "What editors and type checkers read is made when the package is built."
+    def run(self):
+        super().run()
+        if self.editable_mode: return
+        write_stubs = run_path(str(here/'tests'/'make_stubs.py'))['write_stubs']
+        write_stubs(here/'unlearn_nb', Path(self.build_lib)/'unlearn_nb')
+
+
 setup(
+    cmdclass={'build_py': WithStubs},
     name=cfg['lib_name'],
     version=cfg['version'],
     description=cfg['description'],
@@ -48,8 +60,8 @@ setup(
     ],
     python_requires=f">={cfg['min_python']}",
     packages=find_packages(include=['unlearn_nb*']),
-    package_data={'unlearn_nb': [f'assets/{folder}*.{kind}' for folder in ('', '*/', '*/*/')
-                                 for kind in ('safetensors', 'json')]},
+    package_data={'unlearn_nb': ['py.typed', *(f'assets/{folder}*.{kind}' for folder in ('', '*/', '*/*/')
+                                 for kind in ('safetensors', 'json'))]},
     install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
     entry_points={

@@ -42,11 +42,19 @@ def papers(site):
 
 def test_every_file_of_the_package_is_there_byte_for_byte(site):
     expected = {p: (ROOT/p).read_bytes() for p in source_files() if p.parts[0] == 'unlearn_nb'}
-    assert {p.suffix for p in expected} == {'.py', '.json', '.safetensors'}
+    assert {p.suffix for p in expected} == {'.py', '.json', '.safetensors', '.typed'}
     files = [p for p in (site/'unlearn_nb').rglob('*') if p.is_file() and '__pycache__' not in p.parts]
-    found = {p.relative_to(site): p.read_bytes() for p in files}
+    found = {p.relative_to(site): p.read_bytes() for p in files if p.suffix != '.pyi'}
     assert sorted(found) == sorted(expected)
     assert not [str(p) for p in found if found[p] != expected[p]]
+
+
+def test_it_brings_its_types(site):
+    "A stub for every module, made when the wheel is built, and the file that says that they count."
+    modules = {p.stem for p in (site/'unlearn_nb').glob('*.py')} - {'_modidx', '__main__'}
+    assert {p.stem for p in (site/'unlearn_nb').glob('*.pyi')} == modules and (site/'unlearn_nb'/'py.typed').is_file()
+    stub = (site/'unlearn_nb'/'denoiser.pyi').read_text()
+    assert 'def sample(self' in stub and 'def save_pretrained(self' in stub   # one patched here, one elsewhere
 
 
 def test_nothing_else_is_installed(site):

@@ -13,6 +13,7 @@ import json
 import platform
 import re
 import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -25,6 +26,7 @@ import torch
 from huggingface_hub import HfApi, errors, snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load, save
+from torch import Tensor
 from torch.nn import functional as F
 
 from . import __version__
@@ -46,7 +48,7 @@ PARTS = {   # of a pipeline: stands before the names of a LoRA, so that diffuser
 PART = f"^({'|'.join(map(re.escape, PARTS.values()))})"
 
 # %% ../nbs/10_hotfix.ipynb #m3rg3p02
-def change(delta, name):
+def change(delta: dict[str, Tensor], name: str) -> Tensor:
     "The change of the weight called name, float32: as stored, or the product of its two factors."
     delta = {re.sub(PART, "", k): v for k, v in delta.items()}
     if name in delta: return delta[name].float()
@@ -54,13 +56,13 @@ def change(delta, name):
     A, B = (delta[f"{layer}lora_{k}.weight"].float() for k in "AB")   # [r, C, ...], [O, r, ...]
     return (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])
 
-def changed(delta):
+def changed(delta: dict[str, Tensor]) -> list[str]:
     "Names of the weights that a change is about."
     def weight(k): return re.sub(PART, "", k).replace("lora_A.", "").replace("lora_B.", "")
     return sorted({weight(k) for k in delta})
 
 # %% ../nbs/10_hotfix.ipynb #5373900b
-def low_rank(delta, rank, part=""):
+def low_rank(delta: dict[str, Tensor], rank: int, part: str = "") -> dict[str, Tensor]:
     """The LoRA of that rank nearest to a change {name: [O, C, ...]} of whole weights, one by one.
 
     Nearest in least squares (Eckart and Young 1936). part: what stands before the names, one of
@@ -80,7 +82,7 @@ def low_rank(delta, rank, part=""):
 METADATA = {"format": "pt"}   # as other files of safetensors with tensors of PyTorch
 
 # %% ../nbs/10_hotfix.ipynb #0c0d4e04
-def check_base(denoiser, base):
+def check_base(denoiser: Denoiser, base: dict):
     "ValueError unless what lies beneath the hotfixes of a denoiser is the `base` of a card."
     found = fingerprint(denoiser, base=True)
     if found != base["sha256"]:
@@ -156,11 +158,11 @@ def take_off(denoiser, hotfix):
 class Change:
     "A change of weights {name: tensor} and its card: what it is, apart from what it can do."
 
-    def __init__(self, delta, card, receipt=None):
+    def __init__(self, delta: dict[str, Tensor], card: dict, receipt: "Receipt | None" = None):
         self.delta, self.card, self.receipt = delta, card, receipt
 
     @cached_property
-    def id(self):
+    def id(self) -> str:
         "SHA-256 of the change as it is stored."
         return hashlib.sha256(save(self.delta, METADATA)).hexdigest()
 
@@ -177,14 +179,14 @@ class Hotfix(Change):
 
     Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads."""
 
-    def apply(self, denoiser):
+    def apply(self, denoiser: Denoiser) -> Denoiser:
         """Add the change, on top of the hotfixes that are on; returns the denoiser.
 
         All or nothing. ValueError for a net of another base, or what is on already."""
         with denoiser.lock: put_on(denoiser, self)
         return denoiser
 
-    def remove(self, denoiser):
+    def remove(self, denoiser: Denoiser) -> Denoiser:
         """Take the change off; returns the denoiser.
 
         Left is the base with the other hotfixes in their order, bit for bit. ValueError if it is not on."""
@@ -192,7 +194,7 @@ class Hotfix(Change):
         return denoiser
 
     @contextmanager
-    def on(self, denoiser):
+    def on(self, denoiser: Denoiser) -> Iterator[Denoiser]:
         """`with hotfix.on(denoiser):` the change is on, and comes off at the end, whatever happens.
 
         The block holds `denoiser.lock`: no other thread puts anything on or takes it off meanwhile."""
@@ -201,7 +203,7 @@ class Hotfix(Change):
             try: yield denoiser
             finally: self.remove(denoiser)
 
-    def save(self, folder):
+    def save(self, folder: str | Path) -> None:
         "Write the receipt, if any, into `private_folder(folder)`, then the change, and the card last."
         if self.receipt: write_receipt(self.receipt, private_folder(folder), self.id)
         store(Path(folder), self.delta, self.card | {"hotfix_sha256": self.id})
@@ -209,12 +211,12 @@ class Hotfix(Change):
     save_pretrained = save   # as diffusers calls it
 
     @classmethod
-    def load(cls, folder):
+    def load(cls, folder: str | Path) -> "Hotfix":
         "Read the public part that `save` wrote. ValueError for what is missing, damaged or foreign."
         return cls(*read(Path(folder)))
 
 # %% ../nbs/10_hotfix.ipynb #pubpriv4
-def picture_sha256(image):
+def picture_sha256(image) -> str:
     "SHA-256 of the pixels of a PIL image."
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
@@ -227,7 +229,7 @@ def facts(request):
             "copies": None if request.copies is None else list(request.copies)}
 
 # %% ../nbs/10_hotfix.ipynb #pubprivf
-def commitment(key, request):
+def commitment(key: bytes, request: Request | dict) -> str:
     """HMAC-SHA256 (RFC 2104), as hex digits, of what was asked for, with a secret key.
 
     request: a `Request`, or a dict. Its text is JSON with sorted keys and without blanks."""
@@ -244,12 +246,12 @@ class Receipt:
     told: dict = field(default_factory=dict)               # words that a method was given
 
     @property
-    def commitments(self):
+    def commitments(self) -> list[str]:
         "One for each request, and one for the words that a method was given, if any."
         asked = [*self.requests, *([self.told] if self.told else [])]
         return [commitment(self.key, r) for r in asked]
 
-def verify(hotfix, receipt):
+def verify(hotfix: Hotfix, receipt: Receipt) -> list[bool]:
     "For each commitment on the hotfix's card: does the receipt open it? It proves what was asked for."
     pairs = zip_longest(hotfix.card.get("requests", []), receipt.commitments, fillvalue="")
     return [hmac.compare_digest(str(a).encode(), b.encode()) for a, b in pairs]
@@ -325,7 +327,7 @@ def check_stack(hotfixes):
                              "give that one as well, and all in the order in which they were made")
 
 # %% ../nbs/10_hotfix.ipynb #m3rg3p05
-def merge(hotfixes):
+def merge(hotfixes: Sequence[Hotfix]) -> Hotfix:
     """One `Hotfix`, with one receipt, in the place of several of one base, given in the order they were made in.
 
     ValueError, one sentence, for what cannot be one: other bases, a missing receipt, a hotfix that stands on another
@@ -377,13 +379,13 @@ def read(folder):
                      "describes; write the hotfix again")
 
 # %% ../nbs/10_hotfix.ipynb #pubprivc
-def private_folder(folder):
+def private_folder(folder: str | Path) -> Path:
     "The folder of a hotfix's receipt, beside its own: `seven-private` for `seven`."
     folder = Path(folder)
     if folder.name in ("", ".."): folder = folder.resolve()
     return folder.with_name(f"{folder.name}-private")
 
-def read_receipt(folder):
+def read_receipt(folder: str | Path) -> Receipt:
     "The `Receipt` in a private folder. ValueError, in one sentence, if not what a run wrote."
     folder = Path(folder)
     place, file = repr(str(folder)), folder / "receipt.json"
@@ -456,7 +458,7 @@ def model_card(base, hotfixes, how):
 
 # %% ../nbs/10_hotfix.ipynb #7abb1ffa
 @patch
-def save_pretrained(self: Denoiser, folder):
+def save_pretrained(self: Denoiser, folder) -> None:
     """Write the model as it is now, hotfixes included, as diffusers does, with a model card that names them.
 
     Of pixels: a whole pipeline, which `zoo.load` and diffusers load. With words: the net alone, in folder/unet or
@@ -473,10 +475,11 @@ def save_pretrained(self: Denoiser, folder):
     write(folder / "README.md", model_card(base, ids, how))
 
 @patch
-def push_to_hub(self: Hotfix, repo_id, *, private=None, token=None, create_pr=False, commit_message="Hotfix"):
+def push_to_hub(self: Hotfix, repo_id: str, *, private: bool | None = None, token: str | bool | None = None,
+                create_pr: bool = False, commit_message: str = "Hotfix"):
     """Upload the public part, and never the receipt: the change, its card, and a model card.
 
-    Arguments as those of diffusers; returns what `HfApi.upload_folder` does. What the hub refuses is raised as it is."""
+    Arguments as those of diffusers; returns what `HfApi.upload_folder` does, and raises what the hub says."""
     api = HfApi(token=token)
     repo = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
     with TemporaryDirectory() as folder:
@@ -486,7 +489,7 @@ def push_to_hub(self: Hotfix, repo_id, *, private=None, token=None, create_pr=Fa
         return api.upload_folder(repo_id=repo, folder_path=folder, commit_message=commit_message, create_pr=create_pr)
 
 # %% ../nbs/10_hotfix.ipynb #630a9d9d
-def from_pretrained(cls, name, *, revision=None, token=None):
+def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Hotfix:
     """A `Hotfix` from a folder, or from the hub by its id (revision: commit, branch or tag).
 
     ValueError, in one sentence, for what is not there or no hotfix; ConnectionError without network."""

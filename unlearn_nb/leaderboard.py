@@ -10,6 +10,7 @@ __all__ = ['METHODS', 'SHARED', 'Board', 'split', 'run_row', 'forgotten', 'score
 import hashlib
 import json
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import product
@@ -301,7 +302,9 @@ def chosen(methods):
                              "and a list of settings, such as [{'lr': 1e-3}]")
     return methods
 
-def leaderboard(denoiser, folder, methods=tuple(METHODS), seeds=TESTS, tuning=TUNING, budget=50, echo=print):
+def leaderboard(denoiser, folder: str | Path, methods: str | Sequence[str] | Mapping[str, tuple] = tuple(METHODS),
+                seeds: Sequence[int] = TESTS, tuning: Sequence[int] = TUNING, budget: int = 50,
+                echo: Callable = print) -> dict[str, dict]:
     """Run, or go on with, a board: {method: {setting, rows, search}}.
 
     methods: names of `METHODS`, or one's own as {name: (method, settings)}, each setting a dict of fields of

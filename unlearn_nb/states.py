@@ -42,7 +42,7 @@ class Request:
         return hash((pictures, self.seed, self.prompt, self.steps, tuple(self.copies or ())))
 
     @staticmethod
-    def as_list(requests):
+    def as_list(requests) -> list["Request"]:
         "The requests as a list: of a single one, a list of one. ValueError for what is no `Request` of two pictures."
         if requests is None: return []
         requests = [*requests] if isinstance(requests, (list, tuple)) else [requests]
@@ -103,7 +103,7 @@ def from_noise(denoiser, z, steps=25, cond=None, batch=64):
     return States(timesteps.to(denoiser.device), x_t, goal, x0, cond, *uncond)
 
 # %% ../nbs/06_states.ipynb #gen3rate
-def generate(denoiser, seeds, steps=25, batch=64, prompt=None):
+def generate(denoiser, seeds, steps=25, batch=64, prompt=None) -> States:
     """Follow the model's own sampling path once per seed, with its own beliefs as goals.
 
     prompt: of a model with words, one for all seeds or one for each. Of large pictures fewer than
@@ -285,7 +285,7 @@ class Pool:
 
 # %% ../nbs/06_states.ipynb #28c5ca98
 def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cache=None,
-                   prompts=("",), describe=None, earlier=()):
+                   prompts=("",), describe=None, earlier=()) -> list[tuple[float, States]]:
     """What must stay, if nothing is given: a list of (share, `States`), no copy of a forget image.
 
     Two thirds are n paths of any seeds, a third those `near` of a pool of seeds whose pictures are
@@ -309,7 +309,7 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
     return [(share, without_copies(denoiser, table, gone, x0, describe)) for share, table in tables]
 
 # %% ../nbs/06_states.ipynb #f1ndc0p2
-def find_copies(denoiser, request, *, pool=256, steps=25, cache=None, describe=None):
+def find_copies(denoiser, request: Request, *, pool=256, steps=25, cache=None, describe=None) -> Request:
     """The request with its `copies`: further seeds, of `pool` from NEAR on, that give its image.
 
     They are looked for in 5 steps; those that are found must be copies in `steps`, too."""

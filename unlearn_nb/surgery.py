@@ -8,6 +8,7 @@ __all__ = ['RULES', 'gram', 'products', 'cosine', 'combine', 'against', 'plain',
 
 # %% ../nbs/08_surgery.ipynb #5d7a253b
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -185,7 +186,7 @@ RULES = {rule.__name__: rule
          for rule in (symmetric, one_sided, plain, per_tensor, vaccine, cagrad, subspace)}
 RULES |= {"pcgrad": symmetric, "agem": one_sided, "gradvac": vaccine}   # as their papers call them
 
-def get(rule):
+def get(rule: str | Callable) -> Callable:
     """The rule of that name ('subspace': a fresh one); a callable (g_forget, g_retain) as it is.
 
     Both are lists of tensors, one for each weight that moves; so is the direction that it returns.

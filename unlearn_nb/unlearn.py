@@ -8,6 +8,7 @@ __all__ = ['PRECISIONS', 'WORDS', 'PRESETS', 'Config', 'family', 'autocast', 'gr
 
 # %% ../nbs/11_unlearn.ipynb #f5a8d698
 import time
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from math import cos, pi, sqrt
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from . import surgery, weights
 from .checkpoint import load_checkpoint, run_identity, save_checkpoint
 from .copies import check_descriptor, strangers
-from .denoiser import max_batch, patch
+from .denoiser import Denoiser, max_batch, patch
 from .hotfix import Hotfix, card
 from .parametrization import parametrize
 from .schedule import Flow, step_generator
@@ -64,9 +65,9 @@ class Config:
     pool: int = 256
     sampling_steps: int = 25       # of each path
     # how the two meet
-    weight: str = "abar"           # w(snr) of the forget loss, a name or a callable (07)
-    retain_weight: str = "unit_x0"  # w(snr) of the retain loss
-    surgery: str = "vaccine"       # how the two gradients meet, a name or a callable (08)
+    weight: str | Callable = "abar"           # w(snr) of the forget loss, a name or a callable (07)
+    retain_weight: str | Callable = "unit_x0"  # w(snr) of the retain loss
+    surgery: str | Callable = "vaccine"       # how the two gradients meet, a name or a callable (08)
     damping: float = .01           # of the free directions (09); 0: all directions alike
     rank: int = 0                  # 0: the change is kept whole; r: as a LoRA of rank r
     # how it is computed; the result is the same
@@ -76,7 +77,7 @@ class Config:
     seed: int = 0                  # of everything random
 
     @classmethod
-    def of(cls, denoiser, **kw):
+    def of(cls, denoiser, **kw) -> "Config":
         "The preset of `PRESETS` for the family of a model, in pieces that fit its size, with the fields in kw changed."
         few = max_batch(denoiser, 256) // 8   # 32, but of 256 x 256 pixels 2, of latents of 1,024 x 1,024 pixels 1
         half = next((name for name, dtype in PRECISIONS.items() if dtype == denoiser.dtype), "fp32")
@@ -100,7 +101,7 @@ def family(denoiser):
     return "transformer" if isinstance(denoiser.schedule, Flow) else "unet" if denoiser.prompts else "pixels"
 
 @patch
-def many(self: Config, n):
+def many(self: Config, n: int) -> Config:
     "The same settings for n requests in one run: sqrt(n) times as many steps and near pictures."
     return replace(self, steps=round(self.steps * sqrt(n)), near_images=round(self.near_images * sqrt(n)))
 
@@ -415,8 +416,10 @@ def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, d
     return Hotfix(delta, *card(denoiser, requests, cfg, log, time.monotonic() - start, method))
 
 # %% ../nbs/11_unlearn.ipynb #7dfc30c8
-def unlearn(denoiser, requests, retain=None, cfg=Config(), *, earlier=(), checkpoint=None, method=edit_weigh_project,
-            watch=(), describe=None, cache=None):
+def unlearn(denoiser: Denoiser, requests: Request | Sequence[Request], retain: States | Sequence | None = None,
+            cfg: Config = Config(), *, earlier: Sequence[Request] = (), checkpoint: str | Path | None = None,
+            method: Callable = edit_weigh_project, watch: Callable | Iterable[Callable] = (),
+            describe: Callable | None = None, cache: str | Path | None = None) -> Hotfix:
     """Make noised versions of each request's image lead to its surrogate, and leave all else: a `Hotfix`, not yet on.
 
     retain: what must stay, `States` or a list of (share of the batch, `States`) (default: `default_retain`).

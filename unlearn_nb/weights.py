@@ -8,6 +8,7 @@ __all__ = ['WEIGHTS', 'GRID', 'x0_error', 'x0_loss', 'unit_eps', 'unit_v', 'unit
 
 # %% ../nbs/07_weights.ipynb #cdd14aff
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -61,7 +62,7 @@ def abar(snr):
     return snr / (1 + snr)
 
 # %% ../nbs/07_weights.ipynb #1c23414f
-def window(weight, denoiser, t0, t1):
+def window(weight: str | Callable, denoiser, t0: int, t1: int) -> Callable:
     """The weight (a name or a callable) at levels t0 ... t1 - 1 of this denoiser, 0 at all others.
 
     A callable w(snr). ValueError for an empty window."""
@@ -81,7 +82,7 @@ def window(weight, denoiser, t0, t1):
 WEIGHTS = {w.__name__: w for w in (min_snr, unit_eps, unit_v, unit_x0, flow, p2, abar)}
 GRID = torch.logspace(-8, 8, 4001, dtype=torch.float64)   # of snr: finer than the levels of any model
 
-def curve(w):
+def curve(w: Callable) -> torch.Tensor:
     """Values [4001] of a weight w(snr) on `GRID`: two weights with the same values are the same.
 
     ValueError unless they are finite numbers of 0 or more, one for each."""
@@ -97,7 +98,7 @@ def curve(w):
                          "it must give finite numbers of 0 or more at every snr above 0")
     return v
 
-def get(weight):
+def get(weight: str | Callable) -> Callable:
     """The weight of that name; a callable w(snr), snr [B] -> [B], is returned as it is.
 
     ValueError for what is neither, or is no curve (`curve`)."""

@@ -449,7 +449,7 @@ def parts_by_name(name, revision, device, dtype, without):
     raise ValueError(f"no model {name!r}; expected {', '.join(map(repr, BUILTIN))}, a local diffusers folder or a "
                      "hub id such as 'google/ddpm-celebahq-256'")
 
-def load(name, revision=None, device=None, dtype=None, without=()):
+def load(name, revision=None, device=None, dtype=None, without=()) -> Denoiser:
     """A `Denoiser` by name: a built-in model, one of `BUILTIN`, a local diffusers folder, or a hub id.
 
     revision: commit, branch or tag of a hub model; None: the pinned commit of a known model, else the newest.
