@@ -787,6 +787,7 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
     for f in (retrained, ascent, ascent_from_noise, contrast): f.cache_clear()
     return {"attacks": rows, "verdict": summary(rows)}
 
+# %% ../nbs/13_audit.ipynb #summary01
 def summary(rows):
     "One line: what leaks, what is conspicuous; or that all holds."
     def those(v): return ", ".join(r["name"].split(" ", 1)[1] for r in rows if r["verdict"] == v)

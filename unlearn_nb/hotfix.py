@@ -195,9 +195,7 @@ class Hotfix(Change):
 
     @contextmanager
     def on(self, denoiser: Denoiser) -> Iterator[Denoiser]:
-        """`with hotfix.on(denoiser):` the change is on, and comes off at the end, whatever happens.
-
-        The block holds `denoiser.lock`: no other thread puts anything on or takes it off meanwhile."""
+        "`with hotfix.on(denoiser):` the change is on, and the lock held; it comes off whatever happens."
         with denoiser.lock:
             self.apply(denoiser)
             try: yield denoiser
