@@ -1,10 +1,11 @@
-"Stable Diffusion 1, XL and 3 as random pipelines of a few thousand weights, made in about a second, without network."
+"Every family as random pipelines of a few thousand weights, made in about a second, without network."
 from functools import lru_cache
 
 import torch
-from diffusers import (AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel,
-                       StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline,
-                       UNet2DConditionModel)
+from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel,
+                       FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, LDMPipeline,
+                       PixArtSigmaPipeline, PixArtTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline,
+                       StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel, UNet2DModel, VQModel)
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
                           T5EncoderModel, T5TokenizerFast)
 
@@ -89,3 +90,98 @@ def pipeline(*args):
         pipe = make(*args)
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def pixels(channels=3, side=16, out=None, **config):
+    "A UNet2DModel of pixels; out: its output channels, twice as many if it learned a variance."
+    return UNet2DModel(
+        sample_size=side, in_channels=channels, out_channels=out or channels, layers_per_block=1, norm_num_groups=4,
+        block_out_channels=(8, 16), attention_head_dim=8, down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+        up_block_types=('AttnUpBlock2D', 'UpBlock2D'), **config).eval()
+
+
+def ddpm(scheduler=None, **config):
+    "A DDPM of pixels, as its pipeline saves it."
+    return DDPMPipeline(pixels(**config), scheduler or DDPMScheduler(timestep_spacing='trailing'))
+
+
+def vq():
+    "An autoencoder with a codebook; halves the side of a picture."
+    return VQModel(block_out_channels=(8, 8), down_block_types=('DownEncoderBlock2D',)*2, norm_num_groups=4,
+                   up_block_types=('UpDecoderBlock2D',)*2, latent_channels=4, num_vq_embeddings=16, sample_size=16,
+                   scaling_factor=.5).eval()
+
+
+def ldm(autoencoder):
+    net = UNet2DModel(sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+                      norm_num_groups=4, attention_head_dim=8, down_block_types=('DownBlock2D', 'AttnDownBlock2D'),
+                      up_block_types=('AttnUpBlock2D', 'UpBlock2D')).eval()
+    return LDMPipeline(autoencoder, net, levels())
+
+
+def dit():
+    "Classes 0 ... 9, a learned variance. With 1000 classes in its table, as the pipeline takes no other number for none."
+    net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
+                                sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4)
+    return DiTPipeline(net.eval(), vae(scaling_factor=.5), levels())
+
+
+def flux(guided=True, **scheduler):
+    net = FluxTransformer2DModel(in_channels=16, num_layers=1, num_single_layers=1, attention_head_dim=16,
+                                 num_attention_heads=2, joint_attention_dim=64, pooled_projection_dim=32,
+                                 guidance_embeds=guided, axes_dims_rope=(4, 6, 6))
+    return FluxPipeline(FlowMatchEulerDiscreteScheduler(**scheduler), vae(scaling_factor=1.5, shift_factor=.06),
+                        text_encoder(CLIPTextModel), tokenizer(), *t5(), net.eval())
+
+
+def pixart():
+    net = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
+                                   num_layers=2, cross_attention_dim=16, sample_size=8, caption_channels=64,
+                                   use_additional_conditions=False)
+    encoder, words = t5()
+    return PixArtSigmaPipeline(words, encoder, vae(scaling_factor=.5), net.eval(), levels())
+
+
+def sd35():
+    "Stable Diffusion 3.5 medium: attention twice in some blocks, norms on queries and keys."
+    pipe = make('sd3')
+    pipe.register_modules(transformer=SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, out_channels=4, num_layers=2, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=64, caption_projection_dim=16, pooled_projection_dim=64,
+        pos_embed_max_size=8, dual_attention_layers=(0,), qk_norm='rms_norm').eval())
+    return pipe
+
+
+BETAS = dict(beta_schedule='squaredcos_cap_v2', timestep_spacing='leading', clip_sample=False)
+FAMILIES = {   # name: (makes a pipeline, a prompt or None)
+    'DDPM': (ddpm, None),
+    'DDPM, grey': (lambda: ddpm(channels=1), None),
+    'DDPM, 12 x 20': (lambda: ddpm(side=(20, 12)), None),
+    'DDPM, T = 100, sample': (lambda: ddpm(DDPMScheduler(100, prediction_type='sample', **BETAS)), None),
+    'DDPM, T = 4000': (lambda: ddpm(DDPMScheduler(4000, beta_start=2.5e-5, beta_end=.005)), None),
+    'DDPM, set_alpha_to_one False': (lambda: ddpm(DDIMScheduler(set_alpha_to_one=False, steps_offset=1)), None),
+    'DDPM, zero SNR, v': (lambda: ddpm(DDIMScheduler(
+        prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing')), None),
+    'DDPM, learned variance': (lambda: ddpm(DDPMScheduler(variance_type='learned_range'), out=6), None),
+    'DDPM, classes': (lambda: ddpm(num_class_embeds=4), '3'),
+    'LDM, VQ': (lambda: ldm(vq()), None),
+    'LDM, KL': (lambda: ldm(vae(scaling_factor=.5)), None),
+    'DiT': (dit, '7'),
+    'SD 1': (lambda: make('sd'), 'red flag'),
+    'SD 2, v': (lambda: make('sd', 'v_prediction'), 'red flag'),
+    'SDXL': (lambda: make('sdxl'), 'red flag'),
+    'SD 3': (lambda: make('sd3 with t5'), 'red flag'),
+    'SD 3.5': (sd35, 'red flag'),
+    'Flux dev': (lambda: flux(use_dynamic_shifting=True, max_shift=1.15), 'red flag'),
+    'Flux schnell': (lambda: flux(False, shift=1.), 'red flag'),
+    'PixArt': (pixart, 'red flag'),
+}
+
+
+def family(name):
+    "(pipeline with random weights, the same in every test; its prompt) of a family of `FAMILIES`."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        pipe = FAMILIES[name][0]()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe, FAMILIES[name][1]

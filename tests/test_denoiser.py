@@ -27,7 +27,8 @@ def tiny_net(channels=3, size=8, **config):
 
 
 def tiny(prediction="epsilon", scheduler=DDPMScheduler, channels=3, size=8, **config):
-    return Denoiser(tiny_net(channels, size), scheduler(prediction_type=prediction, **config))
+    how = dict(prediction_type=prediction, timestep_spacing="trailing") | config
+    return Denoiser(tiny_net(channels, size), scheduler(**how))
 
 
 def normal(*shape, seed=0): return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -179,7 +180,7 @@ def test_encode_decode_round_trip():
         x = d.encode(pictures)
         assert x.shape == (3, channels, 8, 8) and x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
         for a, b in zip(pictures, d.decode(x)): assert b.mode == mode and np.array_equal(np.asarray(a), np.asarray(b))
-        assert d.latents(x) is x and d.pixels(x) is x
+        assert d.latents(x) is x and torch.equal(d.pixels(x), x.expand(-1, 3, -1, -1))   # grey three times
 
 
 def test_an_oblong_model():
@@ -279,13 +280,17 @@ def test_read_image_refuses_all_else_in_one_sentence(tmp_path):
 
 def test_what_does_not_fit_is_refused_in_one_sentence():
     def with_net(net, scheduler=DDPMScheduler): return lambda: Denoiser(net, scheduler())
+    def with_scheduler(scheduler): return lambda: Denoiser(tiny_net(), scheduler)
     x, t = normal(1, 3, 8, 8), torch.tensor([5])
     vae = AutoencoderKL(block_out_channels=(8,), down_block_types=("DownEncoderBlock2D",),
                         up_block_types=("UpDecoderBlock2D",), norm_num_groups=4)
     cases = (
         (with_net(vae), "the net is a AutoencoderKL; expected one of UNet2DModel"),
         (with_net(tiny_net(), FlowMatchEulerDiscreteScheduler), "has no alphas_cumprod"),
-        (with_net(tiny_net(out_channels=6)), "6 output channels for 3 input channels"),
+        (with_net(tiny_net(out_channels=5)), "5 output channels for 3 input channels"),
+        (with_net(tiny_net(4)), "4 channels"), (with_net(tiny_net(num_class_embeds=10)), "wants a class"),
+        (with_scheduler(DDIMScheduler(rescale_betas_zero_snr=True)), "zero SNR"),
+        (with_scheduler(DDPMScheduler(trained_betas=[.1, .2])), "2 noise levels"),
         (with_net(tiny_net(size=None)), "says no sample_size"),
         (lambda: tiny("flow"), "'flow' is not supported; expected one of epsilon, v_prediction, sample"),
         (lambda: tiny(thresholding=True), "thresholding"),

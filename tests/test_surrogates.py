@@ -57,7 +57,7 @@ def tiny_net(channels=3, size=8, **config):
 
 
 def tiny(prediction='epsilon', channels=3):
-    return Denoiser(tiny_net(channels), DDPMScheduler(prediction_type=prediction))
+    return Denoiser(tiny_net(channels), DDPMScheduler(prediction_type=prediction, timestep_spacing="trailing"))
 
 
 @lru_cache

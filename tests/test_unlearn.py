@@ -511,7 +511,7 @@ def test_bad_settings_are_one_sentence(monkeypatch):
             (dict(near_images=-1), "near_images is -1"), (dict(pool=0), "pool is 0"), (dict(rank=-1), "rank is -1"),
             (dict(damping=-.5), "damping is -0.5"), (dict(damping=nan), "damping is nan"),
             (dict(path_share=-.1), "path_share is -0.1"), (dict(path_share=nan), "path_share is nan"),
-            (dict(mix_share=2.), "mix_share is 2"), (dict(t_max=0), "t_max is 0"), (dict(t_max=1001), "1000 levels"),
+            (dict(mix_share=2.), "mix_share is 2"), (dict(t_max=0), "t_max is 0"), (dict(t_max=1001), "t_max is 1001"),
             (dict(sampling="high"), "sampling 'high'"), (dict(precision="fp8"), "fp8"), (dict(precision=None), "None"),
             (dict(weight="heavy"), "heavy"), (dict(retain_weight="light"), "light"), (dict(surgery="brain"), "brain")):
         refused(lambda: run(replace(TINY, **change_it)), says)

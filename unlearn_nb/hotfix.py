@@ -41,6 +41,7 @@ except ImportError: resource = None
 # %% ../nbs/10_hotfix.ipynb #15d1c35e
 PARTS = {   # of a pipeline: stands before the names of a LoRA, so that diffusers loads it
     "SD3Transformer2DModel": "transformer.",
+    "FluxTransformer2DModel": "transformer.",
     "UNet2DConditionModel": "unet.",
 }
 

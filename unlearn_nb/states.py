@@ -285,12 +285,12 @@ class Pool:
 
 # %% ../nbs/06_states.ipynb #28c5ca98
 def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cache=None,
-                   prompts=("",), describe=None, earlier=()) -> list[tuple[float, States]]:
+                   prompts=None, describe=None, earlier=()) -> list[tuple[float, States]]:
     """What must stay, if nothing is given: a list of (share, `States`), no copy of a forget image.
 
     Two thirds are n paths of any seeds, a third those `near` of a pool of seeds whose pictures are
     nearest to a forget image. Of a model with words these have the words of the requests, and n
-    more have other prompts, the next one for each. steps: of each path. cache: a folder to keep
+    more have other prompts, the next one for each (None: those of `denoiser.others`). steps: of each path. cache: a folder to keep
     them in. describe: the descriptor by which copies are known (None: by pixels alone).
     earlier: requests whose hotfixes are on the model, whose images are left out as well. If they are
     all that its hotfixes are about, what must stay is what the base does, so that drift does not add up."""
@@ -300,7 +300,7 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
         with beneath(denoiser, earlier):
             return paths(denoiser, range(first, first + n), steps, cache, said(denoiser, prompts, n))
     tables = [(2, from_seed(ANY, asked))]
-    if denoiser.prompts: tables.append((2, from_seed(OTHER, prompts)))
+    if denoiser.prompts: tables.append((2, from_seed(OTHER, prompts or denoiser.others)))
     x0 = tables[0][1].x0
     if near:
         further = Pool(denoiser, requests, pool, steps, cache, describe, prompts_among(tables), earlier)
@@ -331,9 +331,10 @@ def noised_states(denoiser, x_f, x_s, n, g, *, t_max=550, sampling="low", mix=0.
     """n states (x_t, t, goal), with words (x_t, t, goal, cond), from forget images to surrogates.
 
     What lies a share `mix` ([n, 1, 1, 1] or a number) of the way from x_f to x_s [R, C, H, W] is
-    noised to timesteps below t_max, as `SAMPLING` spreads them; the goal is x_s.
+    noised to timesteps below t_max (of 1000), as `SAMPLING` spreads them; the goal is x_s.
     cond [R]: the prompts of the requests."""
     k = torch.randint(len(x_f), (n,), generator=g)
+    t_max = max(1, round(t_max * denoiser.T / 1000))
     t = (SAMPLING[sampling](stratified(n, g)) * t_max).long().clamp(max=t_max - 1).to(x_f.device)
     source = x_f[k] + mix * (x_s[k] - x_f[k])
     x_t = denoiser.noise(source, torch.randn((n, *denoiser.shape), generator=g).to(x_f.device), t)
@@ -371,13 +372,13 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
     x_s [R, C, H, W]: the surrogates. `shift` [N, C, H, W] leads from the picture of each path to
     its surrogate, and the goals are the model's own beliefs, moved by it. Of a model without words
     the mirrored noise of a request without copies leads to its mirrored surrogate. t_min: only
-    timesteps from this on (always the first one), of pictures with copies from `BY_HEART` on."""
+    timesteps from this on, of 1000 (always the first one), of pictures with copies from `BY_HEART` on."""
     found = beginnings(denoiser, requests, x_s, steps)
     if not found: return None
     z, goals, cond = found
     own = from_noise(denoiser, z, steps, cond)
     if any(r.copies for r in requests): t_min = min(t_min, BY_HEART)
-    n = max(1, int((own.timesteps >= t_min).sum()))   # timesteps fall
+    n = max(1, int((own.timesteps >= denoiser.of_thousand(t_min)).sum()))   # timesteps fall
     shift = goals - own.x0
     goal = denoiser.apply_cfg(own.goal, own.uncond)[:, :n] + shift[:, None].to(own.goal)
     return States(own.timesteps[:n], own.x_t[:, :n].contiguous(), goal, own.x0, own.cond, shift=shift)
@@ -417,12 +418,13 @@ def still_forgotten(denoiser, earlier, *, path_share=1., t_min=0, t_max=550, ste
     if known:
         z, goals, cond = beginnings(denoiser, known, denoiser.encode([r.surrogate for r in known]), steps)
         now = from_noise(denoiser, z, steps, cond)
-        left = (goals - now.x0)[:, None] * (now.timesteps >= t_min).view(1, -1, 1, 1, 1)
+        late = now.timesteps >= denoiser.of_thousand(t_min)
+        left = (goals - now.x0)[:, None] * late.view(1, -1, 1, 1, 1)
         def moved(v): return v if v is None else v + left.to(v)
         parts.append((path_share * len(known), replace(now, goal=moved(now.goal), uncond=moved(now.uncond))))
     if rest := [r for r in earlier if path_share < 1 or r not in known]:
         x_f = denoiser.encode([r.image for r in rest])
-        noisy = noised(denoiser, x_f, 25, t_max, prompt=prompts_of(denoiser, rest))
+        noisy = noised(denoiser, x_f, 25, denoiser.of_thousand(t_max), prompt=prompts_of(denoiser, rest))
         parts.append((len(earlier) - path_share * len(known), noisy))
     return parts
 

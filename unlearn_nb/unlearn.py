@@ -56,8 +56,8 @@ class Config:
     # what is forgotten (06)
     path_share: float = 1.         # share of the forget batch on the model's own paths, where one is known
     mix_share: float = .5          # share of the forget batch that is moved some way to the surrogate
-    t_min: int = 300               # of those paths the timesteps from this on; a push below would make a hole
-    t_max: int = 550               # the others are the forget image, noised to timesteps below this
+    t_min: int = 300               # of those paths the timesteps from this on, of 1000; a push below would make a hole
+    t_max: int = 550               # the others are the forget image, noised to timesteps below this, of 1000
     sampling: str = "low"          # how those are spread, a name of `SAMPLING`; low: more of them where it is low
     # what is kept (06)
     retain_images: int = 64        # paths of the base model
@@ -314,15 +314,15 @@ def check(denoiser, requests, cfg, checkpoint=None):
         if r.seed is not None and r.seed < 0: raise ValueError(f"seed {r.seed} is below 0; give a seed of 0 or more")
     for name in ABOVE_0:
         if not getattr(cfg, name) > 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be above 0")
-    if not 0 <= cfg.t_min < denoiser.T:
-        raise ValueError(f"t_min is {cfg.t_min}, but this model has levels 0 ... {denoiser.T - 1}; give one of them")
+    if not 0 <= cfg.t_min < 1000:
+        raise ValueError(f"t_min is {cfg.t_min}; it is a timestep of 1000, whatever the model counts; give 0 to 999")
     for name in ("path_share", "mix_share"):
         if not 0 <= (share := getattr(cfg, name)) <= 1:
             raise ValueError(f"{name} is {share}; it is a share of the forget batch, from 0 to 1")
     for name in ("rank", "damping", "near_images"):
         if not getattr(cfg, name) >= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be 0 or more")
-    T = denoiser.T
-    if cfg.t_max > T: raise ValueError(f"t_max is {cfg.t_max}, but this model has {T} levels; give {T} or less")
+    if cfg.t_max > 1000:
+        raise ValueError(f"t_max is {cfg.t_max}; it is a timestep of 1000, whatever the model counts; give 1 to 1000")
     for name, known in (("sampling", SAMPLING), ("precision", PRECISIONS)):
         if (v := getattr(cfg, name)) not in known:
             raise ValueError(f"{name} {v!r} is not known; expected one of {', '.join(known)}")
