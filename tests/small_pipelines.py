@@ -50,9 +50,9 @@ def transformer(channels=4, joint=64, pooled=64):
         pos_embed_max_size=8).eval()
 
 
-def unet(words=32, **config):
+def unet(words=32, channels=4, **config):
     return UNet2DConditionModel(
-        sample_size=8, in_channels=4, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
+        sample_size=8, in_channels=channels, out_channels=4, layers_per_block=1, block_out_channels=(8, 16),
         norm_num_groups=4, attention_head_dim=8, cross_attention_dim=words,
         down_block_types=('DownBlock2D', 'CrossAttnDownBlock2D'), up_block_types=('CrossAttnUpBlock2D', 'UpBlock2D'),
         **config).eval()
@@ -157,8 +157,9 @@ FAMILIES = {   # name: (makes a pipeline, a prompt or None)
     'DDPM': (ddpm, None),
     'DDPM, grey': (lambda: ddpm(channels=1), None),
     'DDPM, 12 x 20': (lambda: ddpm(side=(20, 12)), None),
-    'DDPM, T = 100, sample': (lambda: ddpm(DDPMScheduler(100, prediction_type='sample', **BETAS)), None),
-    'DDPM, T = 4000': (lambda: ddpm(DDPMScheduler(4000, beta_start=2.5e-5, beta_end=.005)), None),
+    'DDPM, T = 100, sample': (lambda: ddpm(DDPMScheduler(
+        num_train_timesteps=100, prediction_type='sample', **BETAS)), None),
+    'DDPM, T = 4000': (lambda: ddpm(DDPMScheduler(num_train_timesteps=4000, beta_start=2.5e-5, beta_end=.005)), None),
     'DDPM, set_alpha_to_one False': (lambda: ddpm(DDIMScheduler(set_alpha_to_one=False, steps_offset=1)), None),
     'DDPM, zero SNR, v': (lambda: ddpm(DDIMScheduler(
         prediction_type='v_prediction', rescale_betas_zero_snr=True, timestep_spacing='trailing')), None),

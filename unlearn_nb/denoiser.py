@@ -104,7 +104,7 @@ class Denoiser:
         self.base = {}       # base weights of what they changed
         self.pool = {}       # pictures of further seeds, by what they were made from (module `states`)
         self.kind, n, c = kind_of(net, self.nets), net.config, scheduler.config
-        if (n.get("num_class_embeds") or n.get("class_embed_type")) and not self.classes:
+        if n.get("num_class_embeds") and not self.classes:
             raise ValueError("the net wants a class for each picture; load it by name (`zoo.load`), "
                              "or make a `TextDenoiser` of it, whose prompts are the classes")
         side = side or n.get("sample_size")

@@ -46,6 +46,9 @@ class TextDenoiser(LatentDenoiser):
 
     def __init__(self, net, scheduler, *, text, vae=None, guidance=1., others=("",), **kw):
         super().__init__(net, scheduler, vae=vae, **kw)
+        if net.config.get("time_cond_proj_dim"):
+            raise ValueError("the net is told its guidance as one more number (time_cond_proj_dim), as that of an "
+                             "LCM is, which is not supported; give the model that it was distilled from")
         if text is None:
             raise ValueError(f"a {self.kind} wants words: give text=, "
                              "a function from prompts to tensors")
