@@ -4,8 +4,9 @@ from functools import lru_cache
 import torch
 from diffusers import (AutoencoderKL, DDIMScheduler, DDPMPipeline, DDPMScheduler, DiTPipeline, DiTTransformer2DModel,
                        FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel, LDMPipeline,
-                       PixArtSigmaPipeline, PixArtTransformer2DModel, SD3Transformer2DModel, StableDiffusion3Pipeline,
-                       StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel, UNet2DModel, VQModel)
+                       PixArtAlphaPipeline, PixArtSigmaPipeline, PixArtTransformer2DModel, SD3Transformer2DModel,
+                       StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXLPipeline,
+                       UNet2DConditionModel, UNet2DModel, VQModel)
 from transformers import (CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5Config,
                           T5EncoderModel, T5TokenizerFast)
 
@@ -120,9 +121,10 @@ def ldm(autoencoder):
 
 
 def dit():
-    "Classes 0 ... 9, a learned variance. With 1000 classes in its table, as the pipeline takes no other number for none."
-    net = DiTTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2,
-                                sample_size=8, patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4)
+    "1000 classes, since its pipeline takes no other number for none, and a learned variance."
+    net = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=2, sample_size=8,
+        patch_size=2, num_embeds_ada_norm=1000, norm_num_groups=4)
     return DiTPipeline(net.eval(), vae(scaling_factor=.5), levels())
 
 
@@ -134,12 +136,13 @@ def flux(guided=True, **scheduler):
                         text_encoder(CLIPTextModel), tokenizer(), *t5(), net.eval())
 
 
-def pixart():
-    net = PixArtTransformer2DModel(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8,
-                                   num_layers=2, cross_attention_dim=16, sample_size=8, caption_channels=64,
-                                   use_additional_conditions=False)
+def pixart(kind=PixArtSigmaPipeline, sized=False):
+    "sized: of 1,024 pixels, and told the size of its pictures."
+    net = PixArtTransformer2DModel(num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8,
+                                   num_layers=2, cross_attention_dim=24, sample_size=128 if sized else 8, caption_channels=64,
+                                   use_additional_conditions=sized)
     encoder, words = t5()
-    return PixArtSigmaPipeline(words, encoder, vae(scaling_factor=.5), net.eval(), levels())
+    return kind(words, encoder, vae(scaling_factor=.5), net.eval(), levels())
 
 
 def sd35():
@@ -175,7 +178,8 @@ FAMILIES = {   # name: (makes a pipeline, a prompt or None)
     'SD 3.5': (sd35, 'red flag'),
     'Flux dev': (lambda: flux(use_dynamic_shifting=True, max_shift=1.15), 'red flag'),
     'Flux schnell': (lambda: flux(False, shift=1.), 'red flag'),
-    'PixArt': (pixart, 'red flag'),
+    'PixArt sigma': (pixart, 'red flag'),
+    'PixArt alpha': (lambda: pixart(PixArtAlphaPipeline, True), 'red flag'),
 }
 
 

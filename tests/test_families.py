@@ -7,6 +7,7 @@ import torch
 from diffusers import DDIMPipeline
 from safetensors.torch import save_file
 from small_pipelines import FAMILIES, family, make, unet
+from torch.nn import functional as F
 
 from unlearn_nb import report
 from unlearn_nb.audit import audit
@@ -26,7 +27,7 @@ def loaded(name, folder, **kw):
     "(denoiser of the folder that the pipeline of a family wrote, the pipeline, its prompt)."
     pipe, prompt = family(name)
     pipe.save_pretrained(folder)
-    size = (16, 16) if 'Flux' in name else None   # its own is as large as Flux
+    size = (16, 16) if 'Flux' in name or 'alpha' in name else None   # their own is large
     return load(folder, size=size, **kw), pipe, prompt
 
 
@@ -60,11 +61,13 @@ def test_a_seed_gives_what_the_stock_pipeline_gives(name, tmp_path):
     if theirs is not None: assert abs(pixels(d, prompt) - theirs).max() <= 1
     x = d.sample([5, 6], 3, prompt=prompt)
     assert x.isfinite().all() and d.pixels(x).shape == (2, 3, *d.size[::-1])
-    torch.testing.assert_close(x[1:], d.sample([6], 3, prompt=prompt), atol=1e-4, rtol=1e-4)   # whoever is beside it
+    alone = d.sample([6], 3, prompt=prompt)
+    torch.testing.assert_close(x[1:], alone, atol=1e-4, rtol=1e-4)   # whoever is beside it
     assert d.decode(x)[0].mode == ('L' if 'grey' in name else 'RGB')
 
 
-def grid(v): return torch.nn.functional.normalize(torch.nn.functional.adaptive_avg_pool2d(v.float().cpu(), 4).flatten(1))
+def grid(x):
+    return F.normalize(F.adaptive_avg_pool2d(x.float().cpu(), 4).flatten(1))
 
 
 @pytest.mark.slow
@@ -88,7 +91,8 @@ def test_the_whole_path(name, tmp_path):
     again.apply(d)
     changed = pixels(d, prompt, 1)
     again.remove(d)
-    assert fingerprint(d) == before and np.array_equal(pixels(d, prompt, 1), base) and not np.array_equal(changed, base)
+    assert fingerprint(d) == before and np.array_equal(pixels(d, prompt, 1), base)
+    assert not np.array_equal(changed, base)
     if hasattr(pipe, 'load_lora_weights'):
         pipe.load_lora_weights(tmp_path/'fix', weight_name='hotfix.safetensors')
         assert abs(stock(pipe, d, prompt, 1) - changed).max() <= 2
@@ -98,7 +102,7 @@ def test_the_whole_path(name, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('dtype', (torch.float16, torch.bfloat16))
-@pytest.mark.parametrize('name', ('DDPM', 'LDM, VQ', 'DiT', 'SD 1', 'SDXL', 'SD 3.5', 'Flux dev', 'PixArt'))
+@pytest.mark.parametrize('name', ('DDPM', 'LDM, VQ', 'DiT', 'SD 1', 'SDXL', 'SD 3.5', 'Flux dev', 'PixArt sigma'))
 def test_half_precision_stays_finite(name, dtype, tmp_path):
     "Through 100 steps; the net is of that type, what is summed up is not."
     d, _, prompt = loaded(name, tmp_path/'model', dtype=dtype)
@@ -116,14 +120,16 @@ def test_the_variance_half_is_not_trained(tmp_path):
     x_f, x_s = d.decode(d.sample([1, 2], 4))
     fix = unlearn(d, [Request(x_f, x_s, 1, copies=())], cfg=Config.of(d, steps=3, **QUICK))
     change = fix.delta['conv_out.weight'].float()
-    assert change[:3].abs().max() > 1e-4 > 100*change[3:].abs().max()
+    assert change[:3].abs().max() > 1e-5 > 100*change[3:].abs().max()
 
 
 def test_a_class_is_a_prompt(tmp_path):
     d, _, _ = loaded('DDPM, classes', tmp_path/'model')
-    assert d.others == ('0', '1', '2', '3') and not torch.equal(d.sample([1], 2, prompt='0'), d.sample([1], 2, prompt='3'))
-    for prompt, said in ((None, 'give prompt="0" ... "3"'), ('4', "class '4' does not exist; this model has classes 0 ... 3"),
-                         ('', "class '' does not exist"), ('red', "class 'red'")):
+    one, other = (d.sample([1], 2, prompt=k) for k in '03')
+    assert d.others == ('0', '1', '2', '3') and not torch.equal(one, other)
+    none = "class {} does not exist; this model has classes 0 ... 3"
+    for prompt, said in ((None, 'give prompt="0" ... "3"'), ('4', none.format("'4'")), ('', none.format("''")),
+                         ('red', none.format("'red'"))):
         with pytest.raises(ValueError) as e: d.sample([1], 2, prompt=prompt)
         assert said in str(e.value) and '\n' not in str(e.value)
     assert class_encoder(3, 3)(['', '2'])['class_labels'].tolist() == [3, 2]

@@ -37,7 +37,8 @@ def tiny_net(seed=0):
 
 
 def tiny(prediction='v_prediction', seed=0, **config):
-    return Denoiser(tiny_net(seed), DDPMScheduler(**dict(prediction_type=prediction, timestep_spacing="trailing") | config))
+    how = dict(prediction_type=prediction, timestep_spacing="trailing") | config
+    return Denoiser(tiny_net(seed), DDPMScheduler(**how))
 
 
 def gen(seed=0): return torch.Generator().manual_seed(seed)

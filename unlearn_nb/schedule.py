@@ -62,11 +62,9 @@ GAIN = {
 # %% ../nbs/01_schedule.ipynb #361f9169
 class Schedule:
     """x_t = a x0 + s eps, and what a net says about x_t. `DDPM` and `Flow` say what a and s are.
-
     x0, eps, x_t, out are [B, C, H, W], timesteps t [B]; prediction is a name of `TARGET`."""
 
     last = 1.   # abar at the end of a walk: the clean image
-
     def snr(self, t):
         "Signal-to-noise ratio (a / s)^2 [B] of timesteps t [B]."
         a, s = self.scales(t)
@@ -78,7 +76,7 @@ class Schedule:
         return a * x0 + s * eps
 
     def target(self, x_t, x0, t):
-        "What the net must output at x_t if its clean image were x0 (v: Salimans and Ho 2022)."
+        "What the net must output at x_t if its clean image were x0 (v: Salimans, Ho 2022)."
         return TARGET[self.prediction](x_t, x0, *self.scales(t))
 
     def clean(self, x_t, out, t):
@@ -92,23 +90,37 @@ class Schedule:
     def step(self, x_t, x0, t, t_next, eta=0., noise=None):
         """From x_t at level t to level t_next < t (-1: the end), if the clean image is x0.
 
-        DDIM (Song et al. 2021, equation 12); of a flow, Euler's step. t, t_next: numbers.
-        eta > 0 adds noise [B, C, H, W] on the way, for DDPM levels only (ValueError on a flow)."""
+        DDIM (Song et al. 2021, equation 12); of a flow, Euler's step. eta > 0 adds noise
+        [B, C, H, W] on the way, for DDPM levels only (ValueError on a flow)."""
         sigma = self.fresh(t, t_next, eta)
         if t_next < 0 and self.last == 1: return x0
-        a, s = self.scales(self.level(t, 1))
-        if t_next < 0: a_next, s_next = self.last ** .5, (1 - self.last) ** .5
-        else: a_next, s_next = self.scales(self.level(t_next, 1))
+        (a, s), end = self.scales(self.level(t, 1)), (self.last ** .5, (1 - self.last) ** .5)
+        a_next, s_next = self.scales(self.level(t_next, 1)) if t_next >= 0 else end
         eps = (x_t - a * x0) / s
         if not eta: return a_next * x0 + s_next * eps
         return a_next * x0 + (s_next ** 2 - sigma ** 2).sqrt() * eps + sigma * noise
 
+# %% ../nbs/01_schedule.ipynb #spac1ng2
+def trailing(start, steps, offset=0):
+    "Levels from start down, the noisiest among them: [steps]."
+    ends = torch.arange(steps, 0, -1, dtype=torch.float64) * (start + 1) / steps
+    return ends.round().long() - 1
+
+def leading(start, steps, offset=0):
+    "Levels from 0 up, moved by an offset, falling: [steps]."
+    t = torch.arange(steps - 1, -1, -1) * ((start + 1) // steps) + offset
+    return t.clamp(max=start)
+
+def linspace(start, steps, offset=0):
+    "Levels from start to 0, both among them: [steps]."
+    return torch.linspace(0, start, steps, dtype=torch.float64).round().long().flip(0)
+
+SPACINGS = {"trailing": trailing, "leading": leading, "linspace": linspace}
+
 # %% ../nbs/01_schedule.ipynb #94c2d6f6
 class DDPM(Schedule):
     """Timesteps 0 ... T-1: a = sqrt(abar), s = sqrt(1 - abar), abar [T] (Ho et al. 2020).
-
-    spacing, offset, last: of a walk that begins with noise, as a scheduler of diffusers has them:
-    `timestep_spacing`, `steps_offset`, and abar at its end."""
+    spacing, offset, last: of diffusers' schedulers, for a walk that begins with noise; last: abar."""
 
     def __init__(self, abar, prediction="epsilon", spacing="trailing", offset=0, last=1.):
         self.abar, self.prediction, self.T = abar, prediction, len(abar)
@@ -132,22 +144,13 @@ class DDPM(Schedule):
         return t
 
     def timesteps(self, start, steps):
-        """Timesteps from `start` down, evenly, in at most `steps` steps; the last leads to x0.
-
-        From T-1 those of `spacing` (Lin et al. 2024, table 2).
+        """Timesteps from `start` down, in at most `steps` steps; from T-1 those of `SPACINGS`.
         ValueError for a level that does not exist, or fewer than one step."""
         if steps < 1: raise ValueError(f"steps = {steps} makes no picture; give 1 or more")
         if not 0 <= start < self.T:
-            raise ValueError(f"level t = {start} does not exist; "
-                             f"this model has levels 0 ... {self.T - 1}")
-        steps = min(steps, start + 1)
-        if start == self.T - 1 and self.spacing == "leading":
-            t = torch.arange(steps - 1, -1, -1) * (self.T // steps) + self.offset
-            return t.clamp(max=start)
-        if start == self.T - 1 and self.spacing == "linspace":
-            return torch.linspace(0, start, steps, dtype=torch.float64).round().long().flip(0)
-        ends = torch.arange(steps, 0, -1, dtype=torch.float64) * (start + 1) / steps
-        return ends.round().long() - 1
+            raise ValueError(f"level t = {start} does not exist; this model has levels 0 ... {self.T - 1}")
+        grid = SPACINGS["trailing" if start < self.T - 1 else self.spacing]
+        return grid(start, min(steps, start + 1), self.offset)
 
     def fresh(self, t, t_next, eta):
         "Deviation of the noise that a step adds (Song et al. 2021, equation 16)."
@@ -159,8 +162,7 @@ class DDPM(Schedule):
 class Flow(Schedule):
     """A straight line (Liu et al. 2022): s = (t + 1) / T, a = 1 - s, t any number above -1.
 
-    shift, sigma_min: of the sampler's grid, as FlowMatchEulerDiscreteScheduler has them; sigma_min
-    None: it ends one step above 0."""
+    shift, sigma_min: of FlowMatchEulerDiscreteScheduler's grid; sigma_min None: a step above 0."""
 
     def __init__(self, T, shift=1., sigma_min=.001, device="cpu"):
         self.T, self.prediction, self.device = T, "flow", device
@@ -189,8 +191,7 @@ class Flow(Schedule):
                              f"this model has levels above -1 up to {self.T - 1}")
         shift, top = self.shift, (start + 1) / self.T
         top /= shift - (shift - 1) * top   # without the shift
-        end = top / steps if self.sigma_min is None else self.sigma_min
-        s = torch.linspace(top, end, steps, dtype=torch.float64)
+        s = torch.linspace(top, self.sigma_min or top / steps, steps, dtype=torch.float64)
         t = shift * s / (1 + (shift - 1) * s) * self.T - 1
         return torch.cat([torch.tensor([float(start)]), t[t < start - 1e-6][:steps - 1].float()])
 

@@ -290,8 +290,8 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
 
     Two thirds are n paths of any seeds, a third those `near` of a pool of seeds whose pictures are
     nearest to a forget image. Of a model with words these have the words of the requests, and n
-    more have other prompts, the next one for each (None: those of `denoiser.others`). steps: of each path. cache: a folder to keep
-    them in. describe: the descriptor by which copies are known (None: by pixels alone).
+    more have other prompts, the next one for each (None: `denoiser.others`). steps: of each path.
+    cache: a folder to keep them in. describe: the descriptor by which copies are known (None: by pixels alone).
     earlier: requests whose hotfixes are on the model, whose images are left out as well. If they are
     all that its hotfixes are about, what must stay is what the base does, so that drift does not add up."""
     requests, earlier = Request.as_list(requests), Request.as_list(earlier)

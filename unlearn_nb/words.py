@@ -102,16 +102,19 @@ def drop_text_encoders(self: TextDenoiser):
 # %% ../nbs/15_words.ipynb #07cbbc0d
 @patch
 def condition(self: TextDenoiser, cond):
-    "What the net is told of prompts cond [B], as a dict. SDXL is told the size of its pictures, too."
+    "What the net is told of prompts cond [B], as a dict. SDXL and PixArt are told the size, too."
     if cond is None:
         raise ValueError('this model makes pictures of words; give cond, numbers of prompts: '
                          'denoiser.prompt_ids("...", n)')
     given = {k: v[cond] for k, v in self.prompt_embeds.items()}
-    if "text_embeds" not in given: return given
-    W, H = self.size                                                  # as it was, cut at, as it is
-    sizes = torch.tensor([H, W, 0, 0, H, W], device=self.device, dtype=self.dtype)
-    more = {"text_embeds": given["text_embeds"], "time_ids": sizes.expand(len(cond), -1)}
-    return {"encoder_hidden_states": given["encoder_hidden_states"], "added_cond_kwargs": more}
+    (W, H), n = self.size, len(cond)
+    def rows(*values): return torch.tensor(values, device=self.device, dtype=self.dtype).expand(n, -1)
+    if "text_embeds" in given:                                            # as it was, cut at, as it is
+        more = {"text_embeds": given.pop("text_embeds"), "time_ids": rows(H, W, 0, 0, H, W)}
+    elif getattr(self.net, "use_additional_conditions", False):
+        more = {"resolution": rows(H, W), "aspect_ratio": rows(H / W)}
+    else: return given
+    return given | {"added_cond_kwargs": more}
 
 # %% ../nbs/15_words.ipynb #e1f4fcce
 @patch

@@ -429,7 +429,7 @@ SINGLE = {   # a name of a weight that only such checkpoints have: the pipeline
 FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 
 def single_kind(file):
-    "The class of pipeline of a checkpoint in one file. ValueError, one sentence, for what is none, or sees more than x_t."
+    "The class of pipeline of a checkpoint in one file. ValueError for what is none, or sees more than x_t."
     if file.suffix != ".safetensors":
         raise ValueError(f"{str(file)!r} is a pickle, which may hold any program; convert it to .safetensors first")
     try:
@@ -443,13 +443,14 @@ def single_kind(file):
         raise ValueError(f"{str(file)!r} is no checkpoint of a whole Stable Diffusion 1, 2, XL or 3; of other models "
                          "give the diffusers folder")
     if given != 4:
-        raise ValueError(f"{str(file)!r} is a net that sees {given} channels, more than x_t, as those for inpainting or "
-                         "editing do; give one that makes pictures of words alone")
+        raise ValueError(f"{str(file)!r} is a net that sees {given} channels, more than x_t, as those for inpainting "
+                         "or editing do; give one that makes pictures of words alone")
     return found
 
+# %% ../nbs/workshop/zoo.ipynb #s1ngle03
 @quiet()
 def read_single(file, device, dtype):
-    "The parts of a Stable Diffusion in one .safetensors file, for a denoiser. ValueError, one sentence, if it won't do."
+    "The parts of a Stable Diffusion in one .safetensors file, for a denoiser. ValueError if it won't do."
     name = single_kind(file)
     offered = signature(getattr(diffusers, name).__init__).parameters
     absent = {k: v for k, v in LEFT_OUT.items() if k in offered}
@@ -458,8 +459,8 @@ def read_single(file, device, dtype):
         why = " ".join(str(e).split())[:120]
         raise ValueError(
             f"{str(file)!r} cannot be opened as it is ({type(e).__name__}: {why}); where there is a network, run: "
-            f"python -c \"from diffusers import {name} as P; P.from_single_file('{file.name}').save_pretrained('folder')\""
-            " and give the folder") from e
+            f"python -c \"from diffusers import {name} as P; "
+            f"P.from_single_file('{file.name}').save_pretrained('folder')\" and give the folder") from e
     return of_pipeline(pipe.to(device))
 
 # %% ../nbs/workshop/zoo.ipynb #de6dd5c4
@@ -481,6 +482,7 @@ def parts_by_name(name, revision, device, dtype, without):
     raise ValueError(f"no model {name!r}; expected {', '.join(map(repr, BUILTIN))}, a local diffusers folder, a "
                      ".safetensors file of Stable Diffusion or a hub id such as 'google/ddpm-celebahq-256'")
 
+# %% ../nbs/workshop/zoo.ipynb #de6dd5c5
 def denoiser_of(parts, size=None, **kw):
     "The denoiser of the kind that its parts want; size: width and height of its pictures, if not the net's own."
     latent, kind = parts.get("vae"), LatentDenoiser if "vae" in parts else Denoiser
