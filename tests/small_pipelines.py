@@ -139,8 +139,8 @@ def flux(guided=True, **scheduler):
 def pixart(kind=PixArtSigmaPipeline, sized=False):
     "sized: of 1,024 pixels, and told the size of its pictures."
     net = PixArtTransformer2DModel(num_attention_heads=3, attention_head_dim=8, in_channels=4, out_channels=8,
-                                   num_layers=2, cross_attention_dim=24, sample_size=128 if sized else 8, caption_channels=64,
-                                   use_additional_conditions=sized)
+                                   num_layers=2, cross_attention_dim=24, sample_size=128 if sized else 8,
+                                   caption_channels=64, use_additional_conditions=sized)
     encoder, words = t5()
     return kind(words, encoder, vae(scaling_factor=.5), net.eval(), levels())
 
