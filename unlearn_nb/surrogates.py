@@ -340,7 +340,7 @@ def fitted(denoiser, image, mask, composed, steps, prompt=None):
     def fit(t):
         how = dict(prompt=prompt, t=denoiser.of_thousand(t), begin=composed)
         return inpaintings(denoiser, image, mask, range(len(composed)), steps, **how)
-    return fit(300) + fit(500)
+    return fit(200) + fit(400)
 
 # %% ../nbs/04_surrogates.ipynb #3d2696a8
 def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=None, describe=None,
@@ -349,8 +349,8 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=Non
 
     First one `inpaint` of each seed. If none of them is somebody else (a similarity of at most
     `limit`), as where the model has learned the image by heart and paints nothing else: other
-    pictures that it makes, four for each seed, the nearest half as many as seeds `fitted` into the
-    image; and if a mask does not forbid it, the others as they are.
+    pictures that it makes, four for each seed, of which the nearest, one for each seed, are `fitted`
+    into the image; and if a mask does not forbid it, the others as they are.
 
     mask: where it may differ (default: the face; of what is fitted, head and hair). prompt: of a
     model that wants one. describe, limit: by what, and to which similarity, it is somebody else
@@ -366,7 +366,7 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=Non
     further = range(400_000, 400_000 + 4 * many)
     others = denoiser.decode(denoiser.sample(further, steps, prompt=prompt))
     composed = [compose(denoiser, image, mask=where, source=other) for other in others]
-    near = [x for _, x in ranked(image, composed, **how)][:max(1, many // 2)]
+    near = [x for _, x in ranked(image, composed, **how)][:many]
     images = fitted(denoiser, image, where, near, steps, prompt)
     return ranked(image, [best, *images, *(others if mask is None else [])], **how)[0][1]
 
