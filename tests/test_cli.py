@@ -273,7 +273,7 @@ def test_a_model_with_words(tmp_path, capsys):
     red = "--model", model, "--prompt", "red flag"
     run("forget", *red, "--seed", 3, "--keep", "a", "--surrogate", tmp_path/"s.png", "--steps", 1, "--rank", 2,
         "--cache", tmp_path/"kept", "--out", fix)
-    assert names(fix) == PUBLIC and "face descriptor" in capsys.readouterr().err
+    assert names(fix) == PUBLIC and "own features" in capsys.readouterr().err
     assert request_in(fix).prompt == "red flag"
     for name in ("card", "report"): assert "red flag" not in (fix/f"{name}.json").read_text()
     base, edited = sampled(tmp_path/"a.png", *red), sampled(tmp_path/"b.png", *red, "--hotfix", fix)

@@ -1,6 +1,8 @@
 "Measures, judged by scikit-image, torchmetrics, scipy and plain loops."
 import hashlib
 import math
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,24 +11,30 @@ from urllib.error import URLError
 import numpy as np
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, UNet2DModel
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
 from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.stats import t as student
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from small_pipelines import pipeline
 from torch import nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.faces import draw, sample_identity, sample_scene, to_tensor
-from unlearn_nb.metrics import (arcface, bits_per_dim, denoising_error, describe, drift, frechet, interval, kid,
-                                log_likelihood, lpips, precision_recall, psnr, reconstruction_curve,
+from unlearn_nb.files import fingerprint
+from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.metrics import (arcface, bits_per_dim, denoising_error, describe, drift, features, frechet, interval,
+                                kid, log_likelihood, lpips, precision_recall, psnr, reconstruction_curve,
                                 relative_forgetting, similarity, sscd, ssim, subsets)
-from unlearn_nb.zoo import load
+from unlearn_nb.words import TextDenoiser
+from unlearn_nb.zoo import load, prompt_encoder
 
 seeds = st.integers(0, 2**31)
 
@@ -125,6 +133,93 @@ def test_bad_input_is_refused_in_one_sentence():
         assert words in str(e.value) and '\n' not in str(e.value)
 
 
+# --- the model's own features ---
+
+def small_unet(side=16, channels=3):
+    "An untrained net of two blocks, the same every time."
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = UNet2DModel(sample_size=side, in_channels=channels, out_channels=channels, layers_per_block=1,
+                          block_out_channels=(8, 16), norm_num_groups=4,
+                          down_block_types=('DownBlock2D',)*2, up_block_types=('UpBlock2D',)*2)
+    return Denoiser(net.eval(), DDPMScheduler(100))
+
+
+def with_words(kind):
+    pipe = pipeline(kind)
+    net = pipe.transformer if 'sd3' in kind else pipe.unet
+    return TextDenoiser(net, pipe.scheduler, text=prompt_encoder(pipe), vae=pipe.vae, guidance=3.)
+
+
+@pytest.mark.parametrize('make, side, layer', [
+    (small_unet, (16, 16), 'up_blocks.0'), (lambda: small_unet((16, 24)), (16, 24), 'up_blocks.0'),
+    (lambda: with_words('sd'), (16, 16), 'up_blocks.0'), (lambda: with_words('sdxl'), (16, 16), 'up_blocks.0'),
+    (lambda: with_words('sd3'), (16, 16), 'transformer_blocks.0')])
+def test_features_of_every_family(make, side, layer):
+    d, x = make(), pictures(4, 3, *side)
+    hooks = [len(m._forward_hooks) for m in d.net.modules()]
+    prompts, state = dict(d.prompts), {k: v.clone() for k, v in d.net.state_dict().items()}
+    torch.manual_seed(5)
+    f, after = features(d), torch.rand(1)
+    torch.manual_seed(5)
+    assert torch.equal(after, torch.rand(1)), 'the global generator was used'
+    v = f(x)
+    assert f.name == f"base model's own features ({layer} at level 100 of 1000)" and 0 < f.limit < 1
+    assert_close(v.norm(dim=1), torch.ones(4)) and not v.requires_grad and v.device.type == 'cpu'
+    again = features(d)
+    one_by_one = torch.cat([again(x[k:k + 1]) for k in range(4)])   # not remembered yet
+    assert_close(one_by_one @ one_by_one.T, v @ v.T, atol=1e-3, rtol=0)
+    assert torch.equal(f(x), v) and f(x[:0]).shape == (0, v.shape[1])
+    assert f(pictures(2, 3, 40, 30)).shape == (2, v.shape[1])                         # another size
+    assert hooks == [len(m._forward_hooks) for m in d.net.modules()] and d.prompts == prompts
+    assert all(torch.equal(v, state[k]) for k, v in d.net.state_dict().items())
+    with pytest.raises(ValueError, match=r'expected \[B, 3, H, W\]'): f(x[:, :1])
+
+
+def test_features_are_those_of_the_base():
+    "A hotfix that is on, LoRA adapters and training change nothing; nor do threads that ask at the same time."
+    d, x = small_unet(), pictures(12, 3, 16, 16)
+    names = [k for k in d.net.state_dict() if 'conv1.weight' in k or 'conv_in' in k]
+    g = torch.Generator().manual_seed(0)
+    delta = {k: .3*torch.randn(d.net.state_dict()[k].shape, generator=g).half() for k in names}
+    fix = Hotfix(delta, {'base': {'sha256': fingerprint(d), 'id': 'custom'}})
+    first = features(d)
+    alike = first(x) @ first(x).T
+    net = deepcopy(d.net)
+    fix.apply(d)
+    second = features(d)                      # made while it is on
+    fresh = features(Denoiser(net, d.scheduler))
+    with ThreadPoolExecutor(4) as pool: rows = list(pool.map(lambda k: fresh(x[k:k + 3]), range(9)))
+    assert_close(torch.cat(rows[::3]), fresh(x)[:9], atol=1e-4, rtol=0)
+    fix.remove(d)
+    inject_adapter_in_model(LoraConfig(r=2, target_modules=['conv1', 'conv_in'], init_lora_weights=False), d.net)
+    for p in d.net.parameters(): p.data.mul_(1.5)
+    third = torch.cat([first(x[:1] * .999), first(x[1:])])
+    for v in (second(x), fresh(x)): assert_close(v @ v.T, alike, atol=1e-3, rtol=0)
+    assert_close(third @ third.T, alike, atol=.02, rtol=0)
+
+
+def test_features_that_cannot_be():
+    d = small_unet()
+    d.net.up_blocks = nn.ModuleList()
+    with pytest.raises(ValueError, match='UNet2DModel has no blocks whose features are known here; give'): features(d)
+    d = small_unet()
+    d.net.conv_in.weight.data.mul_(math.nan)
+    with pytest.raises(ValueError, match='are not finite in torch.float32; load it as float32 or bfloat16'): features(d)
+
+
+@pytest.mark.slow
+def test_features_know_people_again():
+    "Without a label they tell one person in two scenes from two strangers; pixels do not."
+    one, again = (to_tensor([draw(sample_identity(k), sample_scene(k + other)) for k in range(200, 300)])
+                  for other in (0, 5000))
+    def auc(f):
+        s = F.normalize(f(one), dim=1) @ F.normalize(f(again), dim=1).T
+        return (s.diag()[:, None, None] > s[~torch.eye(100, dtype=bool)]).double().mean()
+    f = features(model())
+    assert f.name.startswith("base model's own features (up_blocks.1 ") and auc(f) > .96 > .85 > auc(lambda x: x.flatten(1))
+
+
 # --- descriptors from a file ---
 
 class Pool(nn.Module):
@@ -181,7 +276,7 @@ def test_many_pictures_are_described_in_parts(stand_in):
 
 def test_a_missing_file():
     for load_it in (lambda f: sscd(f), lambda f: arcface(f, '0'*64)):
-        with pytest.raises(FileNotFoundError, match="no file 'nothing.pt'; get it from https://.* `describe`"):
+        with pytest.raises(FileNotFoundError, match="no file 'nothing.pt'; get it from https://.* own features"):
             load_it('nothing.pt')
 
 
@@ -223,7 +318,7 @@ def test_sscd_without_a_network(tmp_path, monkeypatch):
     for error in (URLError('no network'), RuntimeError('invalid hash value')):
         def fail(*args, **kw): raise error
         monkeypatch.setattr(torch.hub, 'download_url_to_file', fail)
-        with pytest.raises(FileNotFoundError, match='could not be fetched .*(no network|invalid hash).* `describe`'):
+        with pytest.raises(FileNotFoundError, match='could not be fetched .*(no network|invalid hash).* own features'):
             sscd()
 
 

@@ -168,15 +168,12 @@ def with_hotfixes(model, folders, receipts):
     return denoiser, [r for receipt in found if receipt for r in receipt.requests]
 
 # %% ../nbs/workshop/cli.ipynb #cli15011
-def descriptor(denoiser):
-    "What the report compares pictures by: that of `zoo.companions`, or SSCD, if its weights are there."
-    from unlearn_nb.metrics import describe, sscd
-    from unlearn_nb.zoo import companions
-    if (found := companions(denoiser).describe) or not denoiser.prompts: return found or describe
-    try: return sscd()
-    except (FileNotFoundError, ValueError) as e:
-        note(f"similarities are those of the built-in face descriptor, which may not see what must go ({e})")
-        return describe
+def descriptor(denoiser, named=None):
+    "What the report compares pictures by: `zoo.descriptor`; says so where it is the model's own features."
+    from unlearn_nb import zoo
+    if named == "own" or not (named or zoo.companions(denoiser).describe):
+        note("similarities are those of the model's own features, which are measured now on pictures that it makes")
+    return zoo.descriptor(denoiser, named)
 
 # %% ../nbs/workshop/cli.ipynb #6cfc8bef
 def request_of(denoiser, cfg, describe, seed, image, surrogate, prompt):
