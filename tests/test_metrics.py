@@ -1,6 +1,7 @@
 "Measures, judged by scikit-image, torchmetrics, scipy and plain loops."
 import hashlib
 import math
+import re
 from concurrent.futures import ThreadPoolExecutor
 from copy import deepcopy
 from functools import lru_cache
@@ -19,7 +20,7 @@ from PIL import Image
 from scipy.linalg import sqrtm
 from scipy.stats import t as student
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
-from small_pipelines import pipeline
+from small_pipelines import FAMILIES, family
 from torch import nn
 from torch.nn import functional as F
 from torch.testing import assert_close
@@ -33,8 +34,7 @@ from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.metrics import (arcface, bits_per_dim, denoising_error, describe, drift, features, frechet, interval,
                                 kid, log_likelihood, lpips, precision_recall, psnr, reconstruction_curve,
                                 relative_forgetting, similarity, sscd, ssim, subsets)
-from unlearn_nb.words import TextDenoiser
-from unlearn_nb.zoo import load, prompt_encoder
+from unlearn_nb.zoo import load
 
 seeds = st.integers(0, 2**31)
 
@@ -145,28 +145,23 @@ def small_unet(side=16, channels=3):
     return Denoiser(net.eval(), DDPMScheduler(100))
 
 
-def with_words(kind):
-    pipe = pipeline(kind)
-    net = pipe.transformer if 'sd3' in kind else pipe.unet
-    return TextDenoiser(net, pipe.scheduler, text=prompt_encoder(pipe), vae=pipe.vae, guidance=3.)
-
-
-@pytest.mark.parametrize('make, side, layer', [
-    (small_unet, (16, 16), 'up_blocks.0'), (lambda: small_unet((16, 24)), (16, 24), 'up_blocks.0'),
-    (lambda: with_words('sd'), (16, 16), 'up_blocks.0'), (lambda: with_words('sdxl'), (16, 16), 'up_blocks.0'),
-    (lambda: with_words('sd3'), (16, 16), 'transformer_blocks.0')])
-def test_features_of_every_family(make, side, layer):
-    d, x = make(), pictures(4, 3, *side)
+@pytest.mark.parametrize('name', FAMILIES)
+def test_features_of_every_family(name, tmp_path):
+    "They need no label and no random number, do not depend on the batch, and leave the model as it was."
+    family(name)[0].save_pretrained(tmp_path)
+    d = load(tmp_path, size=(16, 16) if 'Flux' in name or 'alpha' in name else None)
+    x = pictures(4, 3, *d.size[::-1])
     hooks = [len(m._forward_hooks) for m in d.net.modules()]
     prompts, state = dict(d.prompts), {k: v.clone() for k, v in d.net.state_dict().items()}
     torch.manual_seed(5)
-    f, after = features(d), torch.rand(1)
+    f, after = features(d, 24), torch.rand(1)
     torch.manual_seed(5)
     assert torch.equal(after, torch.rand(1)), 'the global generator was used'
     v = f(x)
-    assert f.name == f"base model's own features ({layer} at level 100 of 1000)" and 0 < f.limit < 1
+    assert re.fullmatch(r"base model's own features \((up|transformer)_blocks\.\d at level 100 of 1000\)", f.name)
+    assert 0 < f.limit < 1
     assert_close(v.norm(dim=1), torch.ones(4)) and not v.requires_grad and v.device.type == 'cpu'
-    again = features(d)
+    again = features(d, 24)
     one_by_one = torch.cat([again(x[k:k + 1]) for k in range(4)])   # not remembered yet
     assert_close(one_by_one @ one_by_one.T, v @ v.T, atol=1e-3, rtol=0)
     assert torch.equal(f(x), v) and f(x[:0]).shape == (0, v.shape[1])
@@ -183,12 +178,12 @@ def test_features_are_those_of_the_base():
     g = torch.Generator().manual_seed(0)
     delta = {k: .3*torch.randn(d.net.state_dict()[k].shape, generator=g).half() for k in names}
     fix = Hotfix(delta, {'base': {'sha256': fingerprint(d), 'id': 'custom'}})
-    first = features(d)
+    first = features(d, 64)
     alike = first(x) @ first(x).T
     net = deepcopy(d.net)
     fix.apply(d)
-    second = features(d)                      # made while it is on
-    fresh = features(Denoiser(net, d.scheduler))
+    second = features(d, 64)                      # made while it is on
+    fresh = features(Denoiser(net, d.scheduler), 64)
     with ThreadPoolExecutor(4) as pool: rows = list(pool.map(lambda k: fresh(x[k:k + 3]), range(9)))
     assert_close(torch.cat(rows[::3]), fresh(x)[:9], atol=1e-4, rtol=0)
     fix.remove(d)
@@ -205,7 +200,7 @@ def test_features_that_cannot_be():
     with pytest.raises(ValueError, match='UNet2DModel has no blocks whose features are known here; give'): features(d)
     d = small_unet()
     d.net.conv_in.weight.data.mul_(math.nan)
-    with pytest.raises(ValueError, match='are not finite in torch.float32; load it as float32 or bfloat16'): features(d)
+    with pytest.raises(ValueError, match='are not finite in torch.float32; load it as float32 or bfloat16'): features(d, 24)
 
 
 @pytest.mark.slow

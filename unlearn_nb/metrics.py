@@ -201,7 +201,7 @@ def quarters(denoiser, out):
     if isinstance(out, tuple): out = out[-1]          # of words and picture the picture
     if out.ndim == 3:                                 # tokens [B, N, D]; those of words come first
         side = denoiser.net.config.get("patch_size") or 1
-        h, w = (v // (side * getattr(denoiser, "packed", 1)) for v in denoiser.shape[1:])
+        h, w = (v // (side * denoiser.packed) for v in denoiser.shape[1:])
         out = out[:, -h * w:].transpose(1, 2).unflatten(2, (h, w))
     return F.adaptive_avg_pool2d(out.float(), 2).flatten(1).cpu()
 
@@ -209,8 +209,7 @@ def seen(base, x):
     "What the layer at which the net is `cut` sees in pictures x [B, 3, H, W]: [B, 4 D]."
     t, rows = base.of_thousand(FEATURE_LEVEL), []
     for part in x.to(base.device).split(max_batch(base, 64)):
-        grey = getattr(base, "grey", base.shape[0] == 1)
-        x0 = base.latents(part.mean(1, keepdim=True) if grey else part)
+        x0 = base.latents(part.mean(1, keepdim=True) if base.grey else part)
         level = base.level(t, len(x0))
         words = torch.zeros(len(x0), dtype=torch.long) if base.prompts else None   # prompt 0: none
         try: base(base.scales(level)[0] * x0, level, words)
@@ -248,10 +247,10 @@ def telling(f, changed):
 # %% ../nbs/03_metrics.ipynb #4f660bde
 OWN = 700_000   # first seed of the pictures that features are measured by
 
-def own_pictures(base):
-    "Some of the pictures that a model makes, in few steps: pixels [N, 3, H, W] on the CPU."
-    seeds = range(OWN, OWN + max(64, 4 * max_batch(base, 64)))
-    words = getattr(base, "others", ("",)) if base.prompts else None    # what must stay
+def own_pictures(base, n):
+    "n pictures that a model makes, in few steps: pixels [n, 3, H, W] on the CPU."
+    seeds = range(OWN, OWN + n)
+    words = base.others if base.prompts else None                        # what must stay
     words = words and [words[k % len(words)] for k in range(len(seeds))]
     return base.pixels(base.sample(seeds, 8, prompt=words)).float().cpu().clamp(-1, 1)
 
@@ -261,18 +260,20 @@ def digests(x):
 
 # %% ../nbs/03_metrics.ipynb #d8c6d14b
 @torch.no_grad()
-def features(denoiser, place=None):
+def features(denoiser, n=None, place=None):
     """The descriptor that the base of a model itself makes: a function used like `describe`.
 
     After DDAE (Xiang et al. 2023). Its `name` says which layer and level; one pair in twenty of the
-    model's own pictures is more alike than its `limit`. place: of the block (default: the middle).
-    Takes some 2000 calls of the net, and memory for half of it; it remembers what it has seen.
+    model's own pictures is more alike than its `limit`. n: how many pictures it makes for that, in 8
+    steps each (default: 256, fewer if they are large). place: of the block (default: the middle).
+    Takes memory for half a net; remembers pictures. Later changes of the weights do not change it.
     ValueError for a net without such blocks, or whose features are not finite."""
     base, blocks = base_of(denoiser), blocks_of(denoiser.net)
     if not blocks:
         raise ValueError(f"a {type(denoiser.net).__name__} has no blocks whose features are known "
                          "here; give a descriptor of your own")
-    own, g, known = own_pictures(base), torch.Generator().manual_seed(0), {}
+    n = n or max(64, 4 * max_batch(base, 64))
+    own, g, known = own_pictures(base, n), torch.Generator().manual_seed(0), {}
     layer = cut(base.net, (len(blocks) - 1) // 2 if place is None else place)
     changed = torch.cat([versions(own, g) for _ in range(2)])
     mean, way = telling(seen(base, own), seen(base, changed))
