@@ -197,10 +197,12 @@ def test_features_are_those_of_the_base():
 def test_features_that_cannot_be():
     d = small_unet()
     d.net.up_blocks = nn.ModuleList()
-    with pytest.raises(ValueError, match='UNet2DModel has no blocks whose features are known here; give'): features(d)
+    with pytest.raises(ValueError, match='UNet2DModel has no blocks whose features are known here; give'):
+        features(d)
     d = small_unet()
     d.net.conv_in.weight.data.mul_(math.nan)
-    with pytest.raises(ValueError, match='are not finite in torch.float32; load it as float32 or bfloat16'): features(d, 24)
+    with pytest.raises(ValueError, match='are not finite in torch.float32; load it as float32 or bfloat16'):
+        features(d, 24)
 
 
 @pytest.mark.slow
@@ -212,7 +214,8 @@ def test_features_know_people_again():
         s = F.normalize(f(one), dim=1) @ F.normalize(f(again), dim=1).T
         return (s.diag()[:, None, None] > s[~torch.eye(100, dtype=bool)]).double().mean()
     f = features(model())
-    assert f.name.startswith("base model's own features (up_blocks.1 ") and auc(f) > .96 > .85 > auc(lambda x: x.flatten(1))
+    assert f.name.startswith("base model's own features (up_blocks.1 ")
+    assert auc(f) > .96 > .85 > auc(lambda x: x.flatten(1))
 
 
 # --- descriptors from a file ---
