@@ -17,7 +17,8 @@ from PIL import Image
 from torch.testing import assert_close
 
 from unlearn_nb import faces
-from small_pipelines import pipeline
+from small_pipelines import FAMILIES as SMALL
+from small_pipelines import family, pipeline
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.faces import draw, face_descriptor, sample_identity, sample_scene, to_tensor
 from unlearn_nb.flags import describe_flag, read_flag
@@ -315,33 +316,34 @@ def words(kind):
     return TextDenoiser(net, pipe.scheduler, vae=pipe.vae, text=prompt_encoder(pipe), guidance=3.)
 
 
-FAMILIES = {'epsilon': lambda: (tiny(), None), 'sample': lambda: (tiny('sample'), None),
-            'grey, wide': lambda: (Denoiser(tiny_net(1, (8, 16)), DDPMScheduler(prediction_type='v_prediction')), None),
-            **{kind: lambda kind=kind: (words(kind), 'red flag') for kind in ('sd', 'sdxl', 'sd3')}}
+EACH_TIME = ('DDPM, grey', 'DDPM, 12 x 20', 'LDM, VQ', 'DiT', 'SD 3.5', 'PixArt sigma')
 
 
-@pytest.mark.parametrize('name', FAMILIES)
-def test_every_family_paints_where_it_may_and_nowhere_else(name):
-    "Of each: size and mode, pixels around the mask, the same alone and among others, the seed and the words decide."
-    d, prompt = FAMILIES[name]()
+@pytest.mark.parametrize('name', [name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.slow)
+                                  for name in SMALL])
+def test_every_family_paints_where_it_may_and_nowhere_else(name, tmp_path):
+    "Of each: size and mode, pixels around the mask, the same alone and among others, seed and prompt decide, inversion."
+    pipe, prompt = family(name)
+    pipe.save_pretrained(tmp_path)
+    d = load(tmp_path, device='cpu', size=(16, 16) if 'Flux' in name or 'alpha' in name else None)
     x = Image.fromarray(np.random.default_rng(0).integers(0, 256, (*d.size[::-1], 3), dtype=np.uint8))
-    if d.shape[0] == 1: x = x.convert('L')
+    if 'grey' in name: x = x.convert('L')
     m = rectangle(d.size, (.3, .2, .9, .7), feather=.05)
-    kept, how = np.asarray(m) == 0, dict(mask=m, steps=3, prompt=prompt)
-    edits = {'inpaint': lambda seed, **kw: inpaint(d, x, seed=seed, **how | kw),
-             'jumps': lambda seed, **kw: inpaint(d, x, seed=seed, resample=2, **how | kw),
+    kept, how = np.asarray(m) == 0, dict(mask=m, steps=2, prompt=prompt)
+    edits = {'inpaint': lambda seed, **kw: inpaint(d, x, seed=seed, resample=2, **how | kw),
              'sdedit': lambda seed, **kw: sdedit(d, x, seed=seed, t=700, **how | kw),
              'propose': lambda seed, **kw: propose(d, x, seeds=[seed, seed + 9], limit=-1., **how | kw)}
     for kind, edit in edits.items():
         one, again = edit(1), edit(1)
         assert (one.size, one.mode) == (x.size, x.mode) and one.tobytes() == again.tobytes()
-        assert kind == 'propose' or one.tobytes() != edit(2).tobytes()
-        assert np.array_equal(array(one)[kept], array(x)[kept]) and (array(one) != array(x))[~kept].mean() > .5
-        if prompt: assert edit(1, prompt='').tobytes() != one.tobytes()
-    among = inpaintings(d, x, m, range(3), 3, prompt=prompt)
+        assert np.array_equal(array(one)[kept], array(x)[kept]) and (array(one) != array(x))[~kept].mean() > .3
+        if kind != 'propose': assert one.tobytes() != edit(2).tobytes()
+    among = inpaintings(d, x, m, range(3), 2, 2, prompt=prompt)
     for seed in range(3): assert abs(array(among[seed]) - array(edits['inpaint'](seed))).max() <= 2
     found = check(x, among[0], mask=m)
     assert found.background == math.inf and found.heat.size == x.size and found.rmse > 0
+    z = invert(d, d.encode([x]), 3, prompt=prompt)
+    assert z.shape == (1, *d.shape) and z.isfinite().all()
 
 
 def test_large_models_paint_few_at_a_time(monkeypatch):

@@ -379,9 +379,10 @@ def belief(denoiser, x_t, t, cond=None):
 # %% ../nbs/04_surrogates.ipynb #c0be9a4f
 def ddim_back(self, x_low, x_up, x0, low, t):
     "A better x_up at level t, from which a step leads to x_low at level low, if x0 is seen at x_up."
-    a, s = self.scales(self.level(low, 1)) if low >= 0 else (1., 0.)
-    a_up, s_up = self.scales(self.level(t, 1))
+    end = self.last ** .5, (1 - self.last) ** .5
+    (a, s), (a_up, s_up) = (self.scales(self.level(k, 1)) if k >= 0 else end for k in (low, t))
     eps = (x_up - a_up * x0) / s_up
+    if a_up == 0: return x_low - a * x0 + (s_up - s) * eps   # where nothing of the image is left
     return a_up / a * x_low + (s_up - a_up / a * s) * eps
 
 def euler_back(self, x_low, x_up, x0, low, t):
