@@ -322,7 +322,7 @@ EACH_TIME = ('DDPM, grey', 'DDPM, 12 x 20', 'LDM, VQ', 'DiT', 'SD 3.5', 'PixArt 
 @pytest.mark.parametrize('name', [name if name in EACH_TIME else pytest.param(name, marks=pytest.mark.slow)
                                   for name in SMALL])
 def test_every_family_paints_where_it_may_and_nowhere_else(name, tmp_path):
-    "Of each: size and mode, pixels around the mask, the same alone and among others, seed and prompt decide, inversion."
+    "Of each: size, mode, pixels around the mask, the same alone and among others, a seed decides; inversion."
     pipe, prompt = family(name)
     pipe.save_pretrained(tmp_path)
     d = load(tmp_path, device='cpu', size=(16, 16) if 'Flux' in name or 'alpha' in name else None)
