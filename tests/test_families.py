@@ -112,6 +112,8 @@ def test_half_precision_stays_finite(name, dtype, tmp_path):
     retain = default_retain(d, [Request(x_f, x_s, 1, prompt)], n=4, near=0, pool=8, steps=4)
     fix = unlearn(d, [Request(x_f, x_s, 1, prompt, 4, copies=())], retain, cfg)
     assert all(v.isfinite().all() for v in fix.delta.values()) and any(v.any() for v in fix.delta.values())
+    whole = load(tmp_path/'model', size=d.size)
+    with pytest.raises(ValueError, match=f'load it with dtype={dtype}'): fix.apply(whole)
 
 
 def test_the_variance_half_is_not_trained(tmp_path):

@@ -670,7 +670,8 @@ def test_the_card_says_what_was_done_and_not_to_whom():
     found = json.loads(json.dumps(fix.card))
     assert [found[k] for k in ('schema', 'on', 'method')] == [2, [earlier.id], 'symmetric']
     assert found.keys() == {'schema', 'base', 'on', 'requests', 'method', 'config', 'cost', 'versions'}
-    assert found['base'] == {'id': 'tiny', 'revision': None, 'sha256': fingerprint(base())}   # what lies beneath
+    beneath = {'id': 'tiny', 'revision': None, 'dtype': 'float32', 'sha256': fingerprint(base())}
+    assert found['base'] == beneath   # what lies beneath
     assert found['config'] == {'steps': 3, 'sampling_steps': 25, 'surgery': 'vaccine(rho=0.5)', 'lr': .001}
     assert found['requests'] == [commitment(fix.receipt.key, Request(RED, BLUE, 7, steps=25))]   # the steps it ran with
     assert found['cost'].keys() == {'steps', 'seconds', 'peak_memory_mb', 'device'} and found['cost']['seconds'] == 1.3
