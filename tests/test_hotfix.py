@@ -34,6 +34,7 @@ from unlearn_nb.files import fingerprint
 from unlearn_nb.figures import png_bytes
 from unlearn_nb.hotfix import (PARTS, Hotfix, card, change, changed, commitment, merge, name_of, picture_sha256,
                                private_folder, read_receipt, verify)
+from unlearn_nb.metrics import describe
 from unlearn_nb.states import Request
 from unlearn_nb.surgery import symmetric, vaccine
 
@@ -669,12 +670,14 @@ def test_the_card_says_what_was_done_and_not_to_whom():
     fix = answered(d, [Request(RED, BLUE, 7)])
     found = json.loads(json.dumps(fix.card))
     assert [found[k] for k in ('schema', 'on', 'method')] == [2, [earlier.id], 'symmetric']
-    assert found.keys() == {'schema', 'base', 'on', 'requests', 'method', 'config', 'cost', 'versions'}
+    assert found.keys() == {'schema', 'base', 'on', 'requests', 'method', 'config', 'descriptor', 'cost',
+                            'versions'}
     beneath = {'id': 'tiny', 'revision': None, 'dtype': 'float32', 'sha256': fingerprint(base())}
     assert found['base'] == beneath   # what lies beneath
     assert found['config'] == {'steps': 3, 'sampling_steps': 25, 'surgery': 'vaccine(rho=0.5)', 'lr': .001}
     assert found['requests'] == [commitment(fix.receipt.key, Request(RED, BLUE, 7, steps=25))]   # the steps it ran with
     assert found['cost'].keys() == {'steps', 'seconds', 'peak_memory_mb', 'device'} and found['cost']['seconds'] == 1.3
+    assert found['descriptor'] is None and answered(d, [], describe=describe).card['descriptor'] == 'face descriptor'
     assert found['versions'].keys() == {'unlearn_nb', 'torch', 'diffusers', 'python'}
     pixels = hashlib.sha256(bytes((255, 0, 0)) * 64).hexdigest()
     assert picture_sha256(RED) == pixels == picture_sha256(RED.convert('P'))

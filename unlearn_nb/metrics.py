@@ -264,8 +264,8 @@ def features(denoiser, n=None, place=None):
     """The descriptor that the base of a model itself makes: a function used like `describe`.
 
     After DDAE (Xiang et al. 2023). Its `name` says which layer and level; one pair in twenty of the
-    model's own pictures is more alike than its `limit`. n: how many pictures it makes for that, in 8
-    steps each (default: 256, fewer if they are large). place: of the block (default: the middle).
+    model's own pictures is more alike than its `limit`. n: how many pictures it makes for that, in
+    8 steps each (default: 256, fewer if large). place: of the block (default: the middle).
     Takes memory for half a net; remembers pictures. Later changes of the weights do not change it.
     ValueError for a net without such blocks, or whose features are not finite."""
     base, blocks = base_of(denoiser), blocks_of(denoiser.net)
@@ -289,7 +289,8 @@ def features(denoiser, n=None, place=None):
             rows |= zip(new, vectors)
         if len(known) > 10_000: known.clear()
         known.update(rows)
-        return torch.stack([rows[name] for name in names]) if names else way.new_zeros(0, way.shape[1])
+        if not names: return way.new_zeros(0, way.shape[1])
+        return torch.stack([rows[name] for name in names])
     describe.name = f"base model's own features ({layer} at level {FEATURE_LEVEL} of 1000)"
     d = describe(own)
     describe.limit = (d @ d.T)[tuple(torch.triu_indices(len(d), len(d), 1))].quantile(.95).item()

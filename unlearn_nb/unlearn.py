@@ -420,7 +420,8 @@ def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, d
     finally:
         problem.parametrization.restore()
         if saving: denoiser.net.disable_gradient_checkpointing()
-    return Hotfix(delta, *card(denoiser, requests, cfg, log, time.monotonic() - start, method))
+    seconds = time.monotonic() - start
+    return Hotfix(delta, *card(denoiser, requests, cfg, log, seconds, method, describe=describe))
 
 # %% ../nbs/11_unlearn.ipynb #7dfc30c8
 def unlearn(denoiser: Denoiser, requests: Request | Sequence[Request], retain: States | Sequence | None = None,
