@@ -283,11 +283,12 @@ def wordless(method):
     return partial(method.func, **rest) if rest else method.func, words
 
 # %% ../nbs/10_hotfix.ipynb #pubprivg
-def card(denoiser, requests, cfg, log, seconds, method, told=None):
+def card(denoiser, requests, cfg, log, seconds, method, told=None, describe=None):
     """(card, `Receipt`) of a run, for a `Hotfix`: what may be known to all, and what may not.
 
-    Public: which base, which settings, what it cost, a commitment for each request. Private: the
-    requests, the log, the words that the method was told, and the key of the commitments."""
+    Public: which base, which settings, by which descriptor it was judged, what it cost, a commitment
+    for each request. Private: the requests, the log, the words that the method was told, and the key
+    of the commitments."""
     base = {"id": denoiser.name, "revision": denoiser.revision, "dtype": name_of_type(denoiser),
             "sha256": fingerprint(denoiser, base=True)}
     versions = {"unlearn_nb": __version__, "torch": torch.__version__,
@@ -299,6 +300,7 @@ def card(denoiser, requests, cfg, log, seconds, method, told=None):
     return {"schema": SCHEMA, "base": base, "on": [h.id for h in denoiser.hotfixes],
             "requests": receipt.commitments, "method": name_of(method),
             "config": {k: name_of(v) for k, v in vars(cfg).items()},
+            "descriptor": getattr(describe, "name", getattr(describe, "__name__", None)),
             "cost": cost_of(denoiser, len(log), seconds), "versions": versions}, receipt
 
 # %% ../nbs/10_hotfix.ipynb #m3rg3p04
