@@ -31,8 +31,8 @@ from unlearn_nb.files import fingerprint, sha256
 from unlearn_nb.flags import FLAGS, LOOKS_LIKE, caption, describe_flag, read_flag
 from unlearn_nb.metrics import describe, psnr
 from unlearn_nb.words import TextDenoiser
-from unlearn_nb.zoo import (BUILTIN, PINS, PIPELINES, PLANTED, Companions, about_planted, companions, load, planted,
-                            save_builtin, save_planted)
+from unlearn_nb.zoo import (BUILTIN, PINS, PIPELINES, PLANTED, Companions, about_planted, companions, descriptor, load,
+                            planted, save_builtin, save_planted)
 
 load = partial(load, device='cpu')
 CELEBA = 'google/ddpm-celebahq-256'
@@ -177,6 +177,31 @@ def test_companions_of_the_builtin_models():
     assert x.shape == (3, 3, 32, 32) and y.shape == (4, 3, 64, 64) and max(x.abs().max(), y.abs().max()) <= 1
     assert len({v.numpy().tobytes() for v in (*x, *faces.never(5))}) == 5   # the same first ones
     assert read_flag(y)[0] == ['Denmark']*4 and read_flag(flags.never(3, 'a cat'))[0] == list(FLAGS)[:3]
+
+
+def test_what_pictures_are_compared_by(tmp_path, monkeypatch):
+    "A built-in model has its own; others their own features, measured once for a base; a file where one is named."
+    assert descriptor(load('faces')) is describe and descriptor(load('flags')) is describe_flag
+    d, other = (Denoiser(tiny_net(), DDPMScheduler(), name=name) for name in ('a', 'b'))
+    made = []
+    monkeypatch.setattr('unlearn_nb.metrics.features', lambda of: made.append(of.name) or of.name)
+    assert [descriptor(v, n) for v, n in ((d, None), (d, 'own'), (other, None), (d, None))] == ['a', 'a', 'b', 'a']
+    assert made == ['a', 'b']
+    next(d.net.parameters()).data.add_(1)        # another base
+    assert descriptor(d) == 'a' and made == ['a', 'b', 'a']
+    (tmp_path/'x.pt').write_bytes(b'no program')
+    known, sha = 'expected own, sscd, sscd:FILE or arcface:FILE:SHA256', 'a' * 64
+    for named, words in (('clip', known), ('', known), ('sscd:', 'could not be fetched'),
+                         ('sscd:nothing.pt', "no file 'nothing.pt'"), ('arcface', 'with the 64 hex digits'),
+                         ('arcface:x.pt', 'with the 64 hex digits'), (f'arcface:nothing.pt:{sha}', 'no file'),
+                         (f'arcface:{tmp_path/"x.pt"}:{sha}', f'expected {sha}; it may hold any program')):
+        monkeypatch.setenv('TORCH_HOME', str(tmp_path))
+        monkeypatch.setattr('torch.hub.download_url_to_file', no_network)
+        with pytest.raises(ValueError) as e: descriptor(d, named)
+        assert words in str(e.value) and '\n' not in str(e.value)
+
+
+def no_network(*args, **kw): raise OSError('no network')
 
 
 # --- models in which a picture was planted ---
