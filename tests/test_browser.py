@@ -257,7 +257,7 @@ def test_the_whole_path(page, lab, tmp_path):
     until(lambda: kernel("view.studio.cfg.steps") == "5", "the slider does not move the steps")
     reader.click("run")
     reader.reads(r"report \(4 of 4\): \d+ s left")
-    reader.reads("apply the hotfix, or save it")
+    reader.reads("this hotfix is kept|apply the hotfix, or save it")
     reader.reads("fresh seeds")   # of the verdicts
     reader.shot("5_result")
     the_result(page, reader, kernel, folder)

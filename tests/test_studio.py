@@ -422,7 +422,7 @@ def test_the_whole_path_by_clicks(hand, tmp_path):
     assert hand("make the surrogate") and view.studio.surrogate
     named(view, "weight").value, named(view, "surgery").value, named(view, "steps").value = "unit_v", "plain", 2
     assert (view.studio.cfg.weight, view.studio.cfg.surgery, view.studio.cfg.steps) == ("unit_v", "plain", 2)
-    assert "apply the hotfix, or save it" in hand("run") and len(view.studio.log) == 2
+    assert "this hotfix is kept (5)" in hand("run") and len(view.studio.log) == 2
     assert view.studio.evidence["said"] in hand.result() and "data:text/html" in hand.result()
     named(view, "picture").index, named(view, "seam").value = 1, .2
     assert "lets go of the hotfix, which is not saved; click 'forget 8' again" in hand("forget 5")

@@ -97,9 +97,10 @@ def sheet(width, n=1):
     return axes, lambda: to_image(fig).convert("RGB")
 
 # %% ../nbs/workshop/studio.ipynb #studi030
-def taught(cfg, T):
+def taught(cfg, denoiser):
     "(lowest, highest) level of the forget states of a picture whose seed is known."
-    return cfg.t_min if cfg.path_share == 1 else 0, T if cfg.path_share else cfg.t_max
+    low, high = cfg.t_min if cfg.path_share == 1 else 0, 1000 if cfg.path_share else cfg.t_max
+    return denoiser.of_thousand(low), denoiser.of_thousand(high)
 
 # %% ../nbs/workshop/studio.ipynb #1806da53
 def curve(denoiser, weight, low, high):
@@ -170,12 +171,12 @@ class Clock:
 # %% ../nbs/workshop/studio.ipynb #3d4c3d76
 def best_of_eight(s, seed):
     s.begin("surrogate", 8)
-    seeds = range(8 * seed, 8 * seed + 8)
-    return propose(s.model, s.image, mask=s.mask, seeds=seeds, steps=s.cfg.sampling_steps)
+    how = dict(seeds=range(8 * seed, 8 * seed + 8), steps=s.cfg.sampling_steps, prompt=s.prompt)
+    return propose(s.model, s.image, mask=s.mask, describe=s.describe, **how)
 
 def inpainted(s, seed):
     s.begin("surrogate", 1)
-    return inpaint(s.model, s.image, mask=s.mask, seed=seed, steps=s.cfg.sampling_steps)
+    return inpaint(s.model, s.image, mask=s.mask, seed=seed, steps=s.cfg.sampling_steps, prompt=s.prompt)
 
 def neighboured(s, seed):
     if not s.pictures: s.gallery()
@@ -269,8 +270,7 @@ def gallery(self: Studio, further=0, prompt=None):
 @property
 def known(self):
     "Prompts to choose from: of a built-in model, or the classes of one that has classes."
-    said = companions(self.model).prompts if self.model.prompts else ()
-    return tuple(p for p in (said if any(said) else getattr(self.model, "others", ())) if p)
+    return tuple(p for p in companions(self.model).prompts if p) if self.model.prompts else ()
 
 @property
 def classes(self):
@@ -309,9 +309,8 @@ def choose(self: Studio, seed):
 @patch
 def mine(self: Studio, picture):
     "A PIL picture that came from elsewhere as one of this model's, and what was done to it, in words."
-    grey = (self.model.vae.config.in_channels if self.model.vae else self.model.shape[0]) == 1
     picture, said = fit(picture.convert("RGB"), self.model.size)
-    return picture.convert("L" if grey else "RGB"), said
+    return picture.convert("L" if self.model.grey else "RGB"), said
 
 @patch
 def choose_own(self: Studio, picture, prompt=None):
@@ -407,9 +406,7 @@ def compare(self: Studio):
     self.begin("before and after (3 of 4)", 2 * len(self.seeds))
     self.compared = [seed for seed in self.seeds if seed != self.seed]
     before = self.row()
-    self.hotfix.apply(self.model)
-    try: after = self.row()
-    finally: self.hotfix.remove(self.model)
+    with self.hotfix.on(self.model): after = self.row()
     self.before, self.after, self.now = before, after, before
 
 @patch
@@ -945,7 +942,7 @@ def method_box(view):
     most, meaning = max(200, s.cfg.steps), W.HTML()
     steps = W.IntSlider(s.cfg.steps, min=1, max=most, description="steps", continuous_update=False)
     drawn = lru_cache(partial(curve, s.model))
-    picture = view.show(lambda: drawn(s.cfg.weight, *taught(s.cfg, s.model.T)))
+    picture = view.show(lambda: drawn(s.cfg.weight, *taught(s.cfg, s.model)))
     def set_all():
         s.cfg = replace(s.cfg, weight=weight.value, surgery=surgery.value, steps=steps.value)
         chosen = [(v, table[v]) for table, v in ((WEIGHTS, weight.value), (RULES, surgery.value)) if v in table]
@@ -985,7 +982,9 @@ def run_tab(view):
 def judge_words(s):
     "Make the report, and say what it says."
     s.judge()
-    return f"{s.evidence['said']}; apply the hotfix, or save it (5 result)"
+    then = "apply the hotfix, or save it (5 result)"
+    if not s.evidence["passed"]: then = "a nearer surrogate (3) or more steps (4) may do better; this hotfix is kept (5)"
+    return f"{s.evidence['said']}; {then}"
 
 # %% ../nbs/workshop/studio.ipynb #581bd974
 #| code-fold: true
