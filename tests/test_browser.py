@@ -122,7 +122,8 @@ class Reader:
 
     def press(self, name, *keys):
         "Press keys on the first handle of a slider."
-        handle = self.out.locator(".widget-hslider").filter(has_text=name).locator(".noUi-handle").first
+        slider = self.out.locator(".widget-hslider").filter(has_text=name)
+        handle = slider.locator(".noUi-handle, .ui-slider-handle").first   # of ipywidgets 8, of 7
         for key in keys: handle.press(key)
 
     def pictures(self):

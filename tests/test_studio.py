@@ -16,12 +16,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from small_pipelines import pipeline
+from small_pipelines import family, pipeline
 from test_unlearn import TINY, tiny
 from test_words import denoiser_of
 from unlearn_nb import studio as module
 from unlearn_nb.files import fingerprint
 from unlearn_nb.hotfix import Hotfix
+from unlearn_nb.metrics import describe
 from unlearn_nb.studio import (EDITS, Clock, Stopped, Studio, Upload, View, Worker, curve, fit, live, mask_from_cells,
                                sentence, shade, sized, swipe)
 from unlearn_nb.denoiser import read_image
@@ -53,8 +54,9 @@ def ran():
 
 
 @pytest.fixture(autouse=True)
-def few_seeds(monkeypatch):
-    "A report that looks at few."
+def few_seeds(monkeypatch, request):
+    "A report that looks at few, and a descriptor that is there already."
+    if "family" not in request.node.name: monkeypatch.setattr(module, "descriptor", lambda model: describe)
     monkeypatch.setattr(module, "PANEL", range(1000, 1008))
     monkeypatch.setattr(module, "FRESH", range(500_000, 500_024))
 
@@ -178,6 +180,33 @@ def test_a_picture_of_ones_own_goes_the_whole_way(tmp_path):
     assert len(s.frames) == 3 and len(s.before) == len(s.after) == 4 and fingerprint(s.model) == base
     s.save(tmp_path/"fix")
     assert s.saved and s.hotfix.receipt.requests[0].seed is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DDPM, grey", "DDPM, 12 x 20", "DiT", "SD 1"])
+def test_every_family_goes_the_whole_way(name, tmp_path):
+    "As a folder typed in, by clicks; a picture of one's own as well."
+    pipe, prompt = family(name)
+    pipe.save_pretrained(tmp_path/"model")
+    hand = Hand(View(Studio(tiny(), cfg=FEW, many=2)))
+    s = hand.view.studio
+    said, base = loads(hand, str(tmp_path/"model")), fingerprint(s.model)
+    assert "choose the picture" in said or "type some as prompt" in said
+    s.cfg = replace(s.cfg, steps=2, retain_images=8, near_images=2, pool=16, sampling_steps=4)
+    hand.sets(steps=2)
+    if prompt: hand.sets(**{"class" if s.classes else "prompt": prompt})
+    for act in (lambda: hand("show others", f"forget {s.seeds[0]}"), lambda: hand.gives(1, "a.png", noise((50, 40)))):
+        act()
+        assert hand("forget this picture", "forget this picture") if s.seed is None else s.prompt == prompt
+        assert s.image.size == s.model.size and s.image.mode == ("L" if "grey" in name else "RGB")
+        hand("make the surrogate")
+        assert s.surrogate, hand.said()
+        assert "passed" in hand("run"), hand.said()
+        assert s.evidence and s.rows() and hand("apply").startswith("the hotfix is on"), hand.said()
+        assert hand("remove").startswith("the hotfix is off") and fingerprint(s.model) == base
+        hand.sets(folder=str(tmp_path/"fix"))
+        assert hand("save").startswith("written to")
+        s.no_picture()
 
 
 def test_words_and_classes():

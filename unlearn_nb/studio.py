@@ -26,18 +26,17 @@ from PIL import Image, ImageDraw, ImageOps
 from . import report
 from .audit import audit
 from .audit import figure as audit_figure
-from .denoiser import patch, read_image
+from .denoiser import max_batch, patch, read_image
 from .files import os_sentence
 from .figures import (BASE, EDITED, FORGET, RETAIN, SURROGATE, Table, png_bytes, strip,
                                 to_image)
 from .hotfix import private_folder
-from .metrics import describe
 from .states import Request, default_retain, find_copies
 from .surgery import RULES
 from .surrogates import canvas, check, ellipse, inpaint, neighbour, propose, rectangle, soften
 from .unlearn import Config, retain_settings, unlearn
 from .weights import WEIGHTS, get
-from .zoo import BUILTIN, PLANTED, companions, load
+from .zoo import BUILTIN, PLANTED, companions, descriptor, load
 
 # %% ../nbs/workshop/studio.ipynb #8b6ad0b5
 def sized(picture, side):
@@ -228,10 +227,6 @@ NEEDS = {"image": "no picture is chosen yet; choose or upload the one to forget 
          "surrogate": "there is no surrogate yet; make one first (3 surrogate)",
          "hotfix": "there is no hotfix yet; run first (4 run)"}
 
-def descriptor(model):
-    "What its pictures are compared by."
-    return companions(model).describe or describe
-
 # %% ../nbs/workshop/studio.ipynb #6630aa80
 @patch
 def begin(self: Studio, name, pictures, more=0):
@@ -279,8 +274,11 @@ def classes(self):
 
 @property
 def descriptor_used(self):
-    "What pictures are compared by; made once."
-    if self.used is None: self.used = descriptor(self.model)
+    "What pictures are compared by: of a built-in model its own descriptor, of others their own features, made once."
+    if self.used is None:
+        n = 0 if companions(self.model).describe else max(64, 4 * max_batch(self.model, 64))
+        self.clock.begin("what pictures are compared by", 8 * n)   # in 8 steps each
+        self.used = descriptor(self.model)
     return self.used
 
 Studio.known, Studio.classes, Studio.describe = known, classes, descriptor_used
@@ -325,8 +323,9 @@ def choose_own(self: Studio, picture, prompt=None):
 def edit(self: Studio, name, seed=0):
     "Make the surrogate by one of `EDITS`, or take a picture that was edited elsewhere, and check it."
     self.needs("image")
+    describe = self.describe
     x_s = EDITS[name](self, seed) if isinstance(name, str) else self.mine(name)[0]
-    found = check(self.image, x_s, mask=self.mask, describe=self.describe)
+    found = check(self.image, x_s, mask=self.mask, describe=describe)
     self.no_hotfix()
     self.surrogate, self.found = x_s, found
 
@@ -735,7 +734,7 @@ def first_words(s):
 
 # %% ../nbs/workshop/studio.ipynb #studi025
 #| code-fold: true
-def uploaded(view, name, take, lost):
+def uploaded(view, name, take, lost, job=False):
     "A field for a picture file, how it looks at the model's size, and the button `name`, which takes it."
     s, file, given = view.studio, W.FileUpload(accept="image/*", description="a file", multiple=False), []
     def look():
@@ -749,7 +748,7 @@ def uploaded(view, name, take, lost):
             view.draw(preview)
         return f"{upload.name}: {said or 'it has the size of this model'}; click {name!r} if it is good so"
     preview = view.show(lambda: given[0] if given else None, 96)
-    use = view.button(name, lambda: take(given[0]), False, lost, button_style="primary")
+    use = view.button(name, lambda: take(given[0]), job, lost, button_style="primary")
     use.layout.display = "none"
     view.slot(file, look)
     return W.VBox([file, preview, use])
@@ -923,7 +922,7 @@ def surrogate_tab(view):
     button = view.button("make the surrogate", make, True, lost, button_style="primary", icon="magic")
     right = W.VBox([caption("What should the model give instead?"), edit, seed, button,
                     caption("Or a picture that you edited yourself:"),
-                    uploaded(view, "take this surrogate", own, lost)])
+                    uploaded(view, "take this surrogate", own, lost, job=True)])
     return [wrapped(mask_box(view), right), trio]
 
 # %% ../nbs/workshop/studio.ipynb #d1015c07
