@@ -61,7 +61,7 @@ def its_title_carries_its_number(nb):
 
 def it_exports_its_own_module(nb):
     named, exports = nb.found(r'^#\|\s*default_exp\s+(\S+)'), nb.found(r'^#\|\s*(exports?)\b')
-    if is_lesson(nb.path) or is_workshop(nb.path):
+    if is_lesson(nb.path) or is_workshop(nb.path) and (named or exports):
         if named != [re.sub(r'^\d\d_', '', nb.path.stem)]: yield f'default_exp is {named}'
     elif named or exports: yield 'it tells a story and exports nothing'
 

@@ -18,7 +18,7 @@ from make_setup import NBS, NOTEBOOKS, SETTINGS
 
 PACKAGE = ROOT/'unlearn_nb'
 LESSONS = {p.stem[3:]: p for p in NOTEBOOKS if p.parent == NBS and re.match(r'\d\d_', p.name)}   # in reading order
-WORKSHOP = {p.stem: p for p in NOTEBOOKS if p.parent.name == 'workshop'}
+WORKSHOP = {p.stem: p for p in NOTEBOOKS if p.parent.name == 'workshop' and '#| default_exp' in p.read_text('utf-8')}
 MODULES = sorted(p.stem for p in PACKAGE.glob('*.py') if p.stem not in ('__init__', '__main__', '_modidx'))
 DEV_ONLY = 'nbdev fastcore execnb ghapi fastgit'.split()
 RUNTIME, DEV = ([Requirement(r) for r in SETTINGS[key].split()] for key in ('requirements', 'dev_requirements'))

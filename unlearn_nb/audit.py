@@ -736,14 +736,20 @@ def null_hotfixes(hotfix, seed=0):
 FEWER = 199   # candidates, where each costs a sampling path
 
 def chosen(attacks, quick):
-    "Names of attacks: all, the quick ones, or those whose names or first words are given."
+    """{name: `Attack`}: all, the quick ones, those whose names or first words are given, or one's own, given as that.
+
+    ValueError for an unknown name, or what is no attack."""
+    if isinstance(attacks, dict):
+        if bad := [name for name, a in attacks.items() if not isinstance(a, Attack)]:
+            raise ValueError(f"{bad[0]!r} is no attack; give Attack(function, kind, controls)")
+        return attacks
     names = sorted(ATTACKS, key=lambda k: (int(k.split()[0].strip("Aabcdef")), k))
-    if attacks is None: return [k for k in names if ATTACKS[k].quick or not quick]
+    if attacks is None: return {k: ATTACKS[k] for k in names if ATTACKS[k].quick or not quick}
     out = [k for k in names if k in attacks or k.split()[0] in attacks]
     found = {*out, *(k.split()[0] for k in out)}
     if bad := [a for a in attacks if a not in found]:
         raise ValueError(f"there is no attack {bad[0]!r}; expected some of {', '.join(names)}")
-    return out
+    return {k: ATTACKS[k] for k in out}
 
 def never_made(denoiser, never, prompt, steps=25):
     "A function (a, b) -> clean images a ... b - 1: of `never`, or else the model's own."
@@ -759,22 +765,21 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
     """Attacks on one request of a hotfix, with controls: {"attacks": rows, "verdict": text}.
 
     never: n -> pixels [n, 3, H, W] that the model never made (None: its own, of other seeds).
-    attacks: names, such as "A1" (None: all, or the quick ones). watch: called as watch(name, k, n).
-    ValueError for an unknown attack, or a hotfix of another base."""
-    names, card = chosen(attacks, quick), hotfix.card
+    attacks: names, such as "A1", or one's own as {name: `Attack`} (None: all, or the quick ones).
+    watch: called as watch(name, k, n). ValueError for an unknown attack, or a hotfix of another base."""
+    asked, card = chosen(attacks, quick), hotfix.card
     steps = request.steps or card.get("config", {}).get("sampling_steps", 25)
     seeds = None if request.seed is None else (request.seed,)
     target = Target(denoiser.encode([request.image]), seeds, request.prompt)
     check_descriptor(describe, denoiser.pixels(target.x))
     pictures = never_made(denoiser, never, request.prompt, steps)
     world = World(denoiser, edited(denoiser, hotfix), describe, steps, card=card)
-    null, beside = None, not quick and any(ATTACKS[name].kind == "file" for name in names)
+    null, beside = None, not quick and any(attack.kind == "file" for attack in asked.values())
     if beside: null = replace(world, model=edited(denoiser, null_hotfixes(hotfix)["shuffled"]))
-    if "A10 resurgence" in names: world = replace(world, others=pictures(40, 100))
+    if "A10 resurgence" in asked: world = replace(world, others=pictures(40, 100))
     rows = []
-    for k, name in enumerate(names):
-        attack = ATTACKS[name]
-        if watch: watch(name, k, len(names))
+    for k, (name, attack) in enumerate(asked.items()):
+        if watch: watch(name, k, len(asked))
         why = [NEEDS[need][1] for need in attack.needs if not NEEDS[need][0](world, target)]
         if why:
             rows.append({"name": name, "kind": attack.kind, "verdict": f"n/a: {why[0]}"})
