@@ -276,6 +276,17 @@ def test_names_and_what_is_quick():
             a.chosen(given_names, False)
 
 
+def test_an_attack_of_ones_own():
+    "Given by name, it is judged as ours are; what is none is refused."
+    def bright(world, target): return {"bright": target.x.flatten(1).mean(1)}
+    model = tiny()
+    result = a.audit(model, change_of(model), request_of(model), lambda n: pictures(0, n), flat,
+                     {"X1 bright": a.Attack(bright, "regeneration", "pictures", 9)})
+    [row] = result["attacks"]
+    assert row["name"] == "X1 bright" and row["controls"]["m"] == 9 and 0 < row["p"] <= 1
+    with pytest.raises(ValueError, match="'X1' is no attack; give Attack"): a.chosen({"X1": bright}, False)
+
+
 def test_an_audit_says_why_an_attack_has_no_meaning_and_reports_its_progress():
     model, seen = tiny(), []
     request = replace(request_of(model), seed=None)

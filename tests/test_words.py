@@ -1,10 +1,12 @@
 "Models with words, latents and guidance, alone and through the whole path from retain states to stock diffusers."
 import gc
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import lru_cache
 
 import numpy as np
+
 import pytest
 import torch
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
@@ -88,6 +90,19 @@ def test_a_prompt_is_encoded_once_and_has_a_number():
     for k, v in letters(['', 'abc', 'cab']).items(): assert torch.equal(d.prompt_embeds[k], v)
     assert repr(toy(vae=fixed(vae), guidance=7.)).startswith(
         "Denoiser('custom': 4 x 8 x 8, latents of 16 x 16 pixels, guidance 7, prompts: 1, flow, T = 1000, ")
+
+
+def test_the_table_of_prompts_need_not_grow_for_ever():
+    "The first prompts keep their numbers, the others are encoded anew; threads that ask at once get one number."
+    d = toy()
+    before = d.sample([1], steps=2, prompt='bad')
+    assert [d.prompt_id(p) for p in ('abc', 'bad', 'cab')] == [2, 1, 3]
+    d.drop_prompts(2)
+    assert d.prompts == {'': 0, 'bad': 1} and all(len(v) == 2 for v in d.prompt_embeds.values())
+    assert torch.equal(d.sample([1], steps=2, prompt='bad'), before) and d.prompt_id('cab') == 2
+    with pytest.raises(ValueError, match='keep is 0; the first prompt stays'): d.drop_prompts(0)
+    with ThreadPoolExecutor(4) as threads: found = [*threads.map(d.prompt_id, ['dab', 'bed', 'dab', 'bed'] * 8)]
+    assert len({*found}) == 2 and len(d.prompts) == 5 == len(next(iter(d.prompt_embeds.values())))
 
 
 def test_the_text_encoders_can_go_and_known_prompts_stay():

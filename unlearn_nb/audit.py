@@ -766,7 +766,11 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
 
     never: n -> pixels [n, 3, H, W] that the model never made (None: its own, of other seeds).
     attacks: names, such as "A1", or one's own as {name: `Attack`} (None: all, or the quick ones).
-    watch: called as watch(name, k, n). ValueError for an unknown attack, or a hotfix of another base."""
+    watch: called as watch(name, k, n). ValueError for an unknown attack, or a hotfix of another base.
+
+    >>> audit(model, fix, request, attacks=["A14a"])["verdict"]
+    'holds'
+    """
     asked, card = chosen(attacks, quick), hotfix.card
     steps = request.steps or card.get("config", {}).get("sampling_steps", 25)
     seeds = None if request.seed is None else (request.seed,)

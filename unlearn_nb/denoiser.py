@@ -294,7 +294,10 @@ def sample(self: Denoiser, seeds, steps=25, eta=0., batch=64, prompt=None):
     """Clean images [B, C, H, W], image i from seeds[i] and its prompt alone, `batch` at a time.
 
     eta 0: DDIM (Song et al. 2021), of a flow Euler's steps; eta 1 and T steps: DDPM (Ho et al. 2020).
-    prompt: of a model with words, one for all or a list, one for each seed."""
+    prompt: of a model with words, one for all or a list, one for each seed.
+
+    >>> image = model.decode(model.sample([7], steps=10))[0]   # PIL, 32 x 32
+    """
     out, gens = [], generators(seeds)
     cond, batch = self.prompt_ids(prompt, len(gens)), max_batch(self, batch)
     for k in range(0, len(gens), batch):

@@ -185,19 +185,21 @@ class Hotfix(Change):
     """A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`.
     receipt: the `Receipt` that stays with the provider, where it is at hand.
 
-    Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads."""
+    Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads.
+
+    >>> with fix.on(model): edited = model.sample([7], steps=10)   # [1, 3, 32, 32]
+    >>> fix.save("seven")
+    >>> Hotfix.load("seven") == fix
+    True
+    """
 
     def apply(self, denoiser: Denoiser) -> Denoiser:
-        """Add the change, on top of the hotfixes that are on; returns the denoiser.
-
-        All or nothing. ValueError for a net of another base, or what is on already."""
+        "Add the change, all or nothing, on top of others; the denoiser. ValueError for another base."
         with denoiser.lock: put_on(denoiser, self)
         return denoiser
 
     def remove(self, denoiser: Denoiser) -> Denoiser:
-        """Take the change off; returns the denoiser.
-
-        Left is the base with the other hotfixes in their order, bit for bit. ValueError if it is not on."""
+        "Take it off: the denoiser, its base with the others bit for bit. ValueError if it is not on."
         with denoiser.lock: take_off(denoiser, self)
         return denoiser
 
@@ -339,7 +341,11 @@ def merge(hotfixes: Sequence[Hotfix]) -> Hotfix:
     """One `Hotfix`, with one receipt, in the place of several of one base, given in the order they were made in.
 
     ValueError, one sentence, for what cannot be one: other bases, a missing receipt, a hotfix that stands on another
-    which is not there."""
+    which is not there.
+
+    >>> merge([fix, unlearn(model, request, retain, cfg.many(2))]).card["merged"][0] == fix.id
+    True
+    """
     check_stack(hotfixes)
     deltas, cards, receipts = ([getattr(h, name) for h in hotfixes] for name in ("delta", "card", "receipt"))
     about, names = [changed(d) for d in deltas], {k for d in deltas for k in d}

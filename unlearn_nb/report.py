@@ -410,7 +410,11 @@ def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, des
     describe: the descriptor (module `metrics`). never: a function (n, prompt) -> pixels [n, 3, H, W] of
     pictures that the model never made; without it the m controls are the model's own pictures of other
     seeds (m = 0: none).
-    checks: of the surrogates (`surrogates.check`), if known. kw: as for `outputs`."""
+    checks: of the surrogates (`surrogates.check`), if known. kw: as for `outputs`.
+
+    >>> few = dict(panel=range(1000, 1004), fresh=range(0), levels=(300,), steps=5, m=0)
+    >>> report = evaluate(model, fix, [request], model.sample(range(8), steps=5), **few)[0]
+    """
     check_descriptor(describe, denoiser.pixels(denoiser.encode([r.image for r in requests])))
     if before is None:
         controls = controls_of(denoiser, requests, never, m, kw.get("steps", 25))

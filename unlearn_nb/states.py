@@ -29,7 +29,10 @@ from .surrogates import invert
 class Request:
     """Forget `image`; give `surrogate` instead.
 
-    `seed`, where the image is the model's own sample of that seed."""
+    `seed`, where the image is the model's own sample of that seed.
+
+    >>> request = Request(image, surrogate, seed=7, steps=10)
+    """
     image: Image.Image
     surrogate: Image.Image
     seed: int | None = None
@@ -293,7 +296,10 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
     more have other prompts, the next one for each (None: `denoiser.others`). steps: of each path.
     cache: a folder to keep them in. describe: the descriptor by which copies are known (None: by pixels alone).
     earlier: requests whose hotfixes are on the model, whose images are left out as well. If they are
-    all that its hotfixes are about, what must stay is what the base does, so that drift does not add up."""
+    all that its hotfixes are about, what must stay is what the base does, so that drift does not add up.
+
+    >>> retain = default_retain(model, request, n=8, near=0, steps=5)
+    """
     requests, earlier = Request.as_list(requests), Request.as_list(earlier)
     asked, gone = [r.prompt for r in requests], [*requests, *earlier]
     def from_seed(first, prompts):

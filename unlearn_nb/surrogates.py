@@ -313,7 +313,10 @@ def check(x_f, x_s, *, mask=None, describe=None,
     mask: where it may differ (default: an ellipse over head and hair). describe: as for `neighbour`
     (default: `face_descriptor()`). Warns above the similarity `max_similarity` (too weak to forget;
     default: the descriptor's own `limit`, else .3), above `max_rmse` or below the background PSNR
-    `min_background_psnr` (others will drift). ValueError for two sizes."""
+    `min_background_psnr` (others will drift). ValueError for two sizes.
+
+    >>> warnings = check(image, surrogate).warnings   # sentences; none: it is good
+    """
     if x_s.size != x_f.size:
         raise ValueError(f"the surrogate is {x_s.width} x {x_s.height} pixels, the forget image "
                          f"{x_f.width} x {x_f.height}; they must be of one size")
@@ -356,7 +359,10 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=Non
     model that wants one. describe, limit: by what, and to which similarity, it is somebody else
     (default: `face_descriptor()`, .15; of other descriptors their `limit`). The same seeds give the
     same surrogate. If nothing is good enough it is the least alike: see what `check` says of it.
-    ValueError for a picture or mask of another size, or no prompt where one is wanted."""
+    ValueError for a picture or mask of another size, or no prompt where one is wanted.
+
+    >>> surrogate = propose(model, image, seeds=range(2), steps=5)
+    """
     limit = getattr(describe, "limit", .15) if limit is None else limit
     how = dict(limit=limit, mask=mask, describe=describe)
     painted = ranked(image, inpaintings(denoiser, image, mask, seeds, steps, prompt=prompt), **how)

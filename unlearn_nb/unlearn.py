@@ -102,7 +102,11 @@ def family(denoiser):
 
 @patch
 def many(self: Config, n: int) -> Config:
-    "The same settings for n requests in one run: sqrt(n) times as many steps and near pictures."
+    """The same settings for n requests in one run: sqrt(n) times as many steps and near pictures.
+
+    >>> Config(steps=20).many(4).steps
+    40
+    """
     return replace(self, steps=round(self.steps * sqrt(n)), near_images=round(self.near_images * sqrt(n)))
 
 # %% ../nbs/11_unlearn.ipynb #2d3f9f87
@@ -440,7 +444,11 @@ def unlearn(denoiser: Denoiser, requests: Request | Sequence[Request], retain: S
     alone, and the change as it is).
     cache: a folder that keeps paths of the base, for other requests to the same model.
     The denoiser comes back as it was, bit for bit; its lock is held. Under `accelerate launch` processes share a batch.
-    FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work."""
+    FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work.
+
+    >>> cfg = Config.of(model, steps=2, retain_images=8, near_images=0, pool=16, sampling_steps=5)
+    >>> fix = unlearn(model, request, retain, cfg)
+    """
     with torch.inference_mode(False), torch.enable_grad(), denoiser.lock:
         requests, earlier = Request.as_list(requests), Request.as_list(earlier)
         watch = [watch] if callable(watch) else [*(watch or ())]

@@ -95,6 +95,16 @@ def prompt_ids(self: TextDenoiser, prompt, n):
     return torch.tensor([self.prompt_id(p) for p in prompts], device=self.device)
 
 @patch
+def drop_prompts(self: TextDenoiser, keep):
+    """Let all prompts go but the first `keep` of the table, whose numbers stay: for a service that sees ever new ones.
+
+    States made for the others are of no use then. ValueError for less than 1."""
+    if keep < 1: raise ValueError(f"keep is {keep}; the first prompt stays: give 1 or more")
+    with self.lock:
+        self.prompts = dict([*self.prompts.items()][:keep])
+        self.prompt_embeds = {k: v[:keep].clone() for k, v in self.prompt_embeds.items()}
+
+@patch
 def drop_text_encoders(self: TextDenoiser):
     "Let the text encoders go, to free their memory; the prompts that were encoded stay."
     self.text = None

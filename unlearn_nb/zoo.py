@@ -540,7 +540,10 @@ def load(name, revision=None, device=None, dtype=None, without=(), size=None) ->
     size: (width, height) in pixels, of a model that makes pictures of several sizes; None: the size it was trained for.
     without: ("text_encoder_3",) leaves out the T5 of Stable Diffusion 3, which is larger than its net; the net then
     sees zeros in its place, as in diffusers. ValueError for a name, folder or device that will not do,
-    ConnectionError without network, PermissionError without login: one sentence that says what to do."""
+    ConnectionError without network, PermissionError without login: one sentence that says what to do.
+
+    >>> model = load("faces")
+    """
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {str(device)!r} is not there; PyTorch sees no CUDA GPU, so give device='cpu'")
