@@ -55,7 +55,8 @@ def title(path): return ''.join(read_json(path)['cells'][0]['source']).split('\n
 def reference():
     "nbs/reference.md's text: every module, every public name with its signature, its line and a link to its place."
     lessons = {p.stem[3:]: p for p in NOTEBOOKS if p.parent == NBS and re.match(r'\d\d_', p.name)}
-    workshop = {p.stem: p for p in NOTEBOOKS if p.parent.name == 'workshop'}
+    tools = [p for p in NOTEBOOKS if p.parent.name == 'workshop']
+    workshop = {p.stem: p for p in tools if (PACKAGE/f'{p.stem}.py').exists()}
     head = '---\ntitle: Reference\ndescription: Every public name, with its signature and its line.\n---'
     parts = [head, NOTE, 'One lesson is one module, in reading order; the workshop holds the tools. A name leads to '
              'its code, with the text around it that explains it.']

@@ -23,7 +23,7 @@ from make_setup import NBS, NOTEBOOKS, SETTINGS
 from test_project import MODULES
 
 QUARTO = yaml.safe_load((ROOT/'_quarto.yml').read_text(encoding='utf-8'))
-EXPORTING = [p for p in NOTEBOOKS if p.parent == NBS/'workshop' or re.match(r'\d\d_', p.name) and p.parent == NBS]
+EXPORTING = [p for p in NOTEBOOKS if '#| default_exp' in p.read_text(encoding='utf-8')]
 
 pytestmark = pytest.mark.site
 
