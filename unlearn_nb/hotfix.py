@@ -182,8 +182,7 @@ class Change:
 
 # %% ../nbs/10_hotfix.ipynb #e24edef6
 class Hotfix(Change):
-    """A change of a base model's weights (`delta`, fp16, full or low rank) with its `card`.
-    receipt: the `Receipt` that stays with the provider, where it is at hand.
+    """A change of weights (`delta`, fp16, full or low rank), its `card`, and its `Receipt` if at hand.
 
     Two are equal if their changes are. `apply`, `remove` and `on` are safe among threads.
 
@@ -217,7 +216,6 @@ class Hotfix(Change):
         store(Path(folder), self.delta, self.card | {"hotfix_sha256": self.id})
 
     save_pretrained = save   # as diffusers calls it
-
     @classmethod
     def load(cls, folder: str | Path) -> "Hotfix":
         "Read the public part that `save` wrote. ValueError for what is missing, damaged or foreign."

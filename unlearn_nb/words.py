@@ -81,6 +81,7 @@ def add_prompt(self: TextDenoiser, prompt):
     self.prompt_embeds = {k: torch.cat([known[k], v]) if known else v for k, v in new.items()}
     return self.prompts.setdefault(prompt, len(self.prompts))
 
+# %% ../nbs/15_words.ipynb #pr0mpts2
 @patch
 def prompt_ids(self: TextDenoiser, prompt, n):
     "Numbers [n] of one prompt for n images, or of a list of n. ValueError for what does not fit."
