@@ -982,7 +982,8 @@ def judge_words(s):
     "Make the report, and say what it says."
     s.judge()
     then = "apply the hotfix, or save it (5 result)"
-    if not s.evidence["passed"]: then = "a nearer surrogate (3) or more steps (4) may do better; this hotfix is kept (5)"
+    if not s.evidence["passed"]:
+        then = "a nearer surrogate (3) or more steps (4) may do better; this hotfix is kept (5)"
     return f"{s.evidence['said']}; {then}"
 
 # %% ../nbs/workshop/studio.ipynb #581bd974
