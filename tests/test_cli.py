@@ -1,6 +1,7 @@
 "The command: what it writes, and what it says to bad input."
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -19,12 +20,13 @@ from diffusers import DDPMPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from conftest import ROOT
 from small_pipelines import pipeline
 from test_hotfix import noisy, secrets_of
 from test_train import ONE_MACHINE
 from test_unlearn import tiny
 from unlearn_nb import zoo
-from unlearn_nb.cli import cli, main, new_folders, sentence
+from unlearn_nb.cli import SAID, cli, in_progress, main, new_folders, run_of, sampled_rows, sentence, tidy
 from unlearn_nb.hotfix import Hotfix, card, private_folder, read_receipt
 from unlearn_nb.metrics import check_pictures
 from unlearn_nb.states import Request
@@ -326,6 +328,77 @@ def test_a_board(tmp_path, monkeypatch, capsys):
     assert "written to" in capsys.readouterr().out
 
 
+def test_single_pictures_can_be_named(model, tmp_path, capsys, monkeypatch):
+    "`sample --each` writes them at the model's size; the command that it gives forgets just that picture."
+    sampling = "sample", "--model", model, "--seeds", "7,5", "--steps", 9
+    run(*sampling, "--each", tmp_path/"each", "--out", tmp_path/"all.png")
+    said = capsys.readouterr().out
+    assert names(tmp_path/"each") == ["seed_5.png", "seed_7.png"] and "--sampling-steps 9" in said
+    with Image.open(tmp_path/"all.png") as sheet: assert sheet.size == (256, 128)
+    class Seen(Exception): pass
+    def fake(denoiser, requests, retain, cfg, **kw): raise Seen(requests[0], cfg)
+    monkeypatch.setattr("unlearn_nb.unlearn.unlearn", fake)
+    monkeypatch.setattr("unlearn_nb.states.default_retain", lambda *args, **kw: [])
+    command = shlex.split(said.rpartition("`unlearn_nb ")[2].rpartition("`")[0].replace("NAME", str(tmp_path/"o")))
+    with pytest.raises(Seen) as seen: run(*command)
+    request, cfg = seen.value.args
+    with Image.open(tmp_path/"each"/"seed_7.png") as image: assert image.tobytes() == request.image.tobytes()
+    assert (request.seed, request.steps, cfg.sampling_steps) == (7, 9, 9)
+    before, _ = (tmp_path/"each"/"seed_5.png").read_bytes(), capsys.readouterr()
+    assert "holds seed_5.png already" in fails(capsys, *sampling[:4], "5,6", "--each", tmp_path/"each")
+    assert names(tmp_path/"each") == ["seed_5.png", "seed_7.png"]
+    assert (tmp_path/"each"/"seed_5.png").read_bytes() == before
+
+
+def test_a_dry_run_says_what_a_run_takes(model, tmp_path, capsys, monkeypatch):
+    "It writes nothing, and its exit code says whether the run fits."
+    noisy(1).save(tmp_path/"s.png")
+    dry = "forget", "--model", model, "--seed", 5, "--surrogate", tmp_path/"s.png", "--dry-run", "--out", tmp_path/"o"
+    run(*dry, "--steps", 7, "--checkpoint", tmp_path/"c", "--cache", tmp_path/"k")
+    said = capsys.readouterr().out
+    for word in ("seed 5 gives in 25 steps", "7 steps of 12 + 20 states", "time: about", "FLOP", "memory: ", "disk: ",
+                 "it fits; nothing was written"): assert word in said
+    monkeypatch.setattr("unlearn_nb.cli.trial", lambda run: dict.fromkeys(
+        ("step", "state", "once", "step flops", "state flops", "hotfix", "checkpoint"), 1e5))
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1e5))
+    with pytest.raises(SystemExit) as e: run(*dry)
+    assert e.value.code == 1 and "it does not fit: too little disk" in capsys.readouterr().out
+    monkeypatch.setattr("unlearn_nb.cli.held", lambda: 1e18)
+    with pytest.raises(SystemExit) as e: run(*dry)
+    assert e.value.code == 1 and "too little memory and disk" in capsys.readouterr().out
+    assert names(tmp_path) == ["s.png"]
+
+
+@pytest.mark.slow
+def test_a_dry_run_counts_what_a_run_does(model, tmp_path, monkeypatch):
+    "The states that the net samples: what the dry run says, and what a run does, within a sixth."
+    counted, load = [], zoo.load
+    def counting(*args, **kw):
+        d = load(*args, **kw)
+        d.net.register_forward_hook(lambda net, args, out: counted.append(0 if torch.is_grad_enabled() else len(args[0])))
+        return d
+    said = sampled_rows(run_of(model=str(model), seed=5, sampling_steps=10), dict(seed=5, image=None, surrogate=None))
+    monkeypatch.setattr(zoo, "load", counting)
+    run("forget", "--model", model, "--seed", 5, "--steps", 5, "--sampling-steps", 10, "--out", tmp_path/"o")
+    assert abs(said - sum(counted)) < sum(counted) / 6
+
+
+def test_what_a_killed_run_left_is_named(model, tmp_path, capsys):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    (each := tmp_path/"board").mkdir(), (each/"rows").mkdir()
+    old, alive = each/f".x.json.{gone.pid}.part", each/f".x.json.{os.getpid()}.part"
+    for file in (old, alive, each/".hidden"): file.write_text("half")
+    tidy(each, None)
+    assert names(each) == sorted([alive.name, ".hidden", "rows"]) and old.name in capsys.readouterr().err
+    old.write_text("half")
+    in_progress(each)   # who only looks removes nothing
+    assert old.exists() and old.name in capsys.readouterr().err
+    (part := tmp_path/".o.part").mkdir(), (part/"card.json").write_text("half")
+    with new_folders(tmp_path/"o") as folder: (folder/"a").write_text("a")
+    assert ".o.part" in capsys.readouterr().err and names(tmp_path/"o") == ["a"]
+
+
 # --- two folders, whole or not at all ---
 
 def test_two_folders_appear_together(tmp_path):
@@ -383,74 +456,129 @@ BAD = [line.split(" | ") for line in """
 demo --steps 0 | 0
 demo --seed -1 | -1
 demo --seed x | x
+demo --seed 9223372036854775808 | 9223372036854775808
 demo --colour red | --colour
+demo --out {}/taken | taken-private
 dance | dance
 forget --model faces --out {}/o | --seed or --image
 forget --model faces --seed 1 --image a.png --out {}/o | --seed or --image
 forget --model faces --seed 1 | --out
 forget --model nobody --seed 1 --out {}/o | nobody
 forget --model {} --seed 1 --out {}/o | unet
+forget --model {}/text.png --seed 1 --out {}/o | text.png
+forget --model {}/empty --seed 1 --out {}/o | empty
 forget --model faces --image {}/none.png --out {}/o | none.png
 forget --model faces --image {}/empty --out {}/o | empty
 forget --model faces --image {}/text.png --out {}/o | text.png
-forget --model faces --image {}/large.png --out {}/o | 64 x 64
-forget --model faces --image {}/right.png --surrogate {}/large.png --out {}/o | surrogate is 64 x 64
-forget --model faces --seed 1 --prompt a --out {}/o | without words
+forget --model faces --image {}/zero.png --out {}/o | zero.png
+forget --model faces --image {}/half.png --out {}/o | half.png
+forget --model faces --image {}/large.png --out {}/o | --image '{}/large.png' is 64 x 64
+forget --model faces --image {}/right.png --surrogate {}/large.png --out {}/o | --surrogate '{}/large.png' is 64 x 64
+forget --model faces --image {}/right.png --surrogate {}/none.png --out {}/o | none.png
+forget --model faces --image {}/right.png --surrogate {}/right.png --out {}/o | is the picture to forget
+forget --model faces --seed 1 --prompt a --out {}/o | leave it out
+forget --model faces --seed 1 --class 1 --out {}/o | --class 1 was given, but this model
+forget --model faces --seed 1 --keep a --out {}/o | --keep 'a' was given, but this model
 forget --model faces --seed 1 --out {}/full | not an empty folder
 forget --model faces --seed 1 --out {}/text.png/o | text.png
 forget --model faces --seed 1 --out {}/no/such/o | no folder
-forget --model faces --seed 1 --rank -1 --out {}/o | -1
-forget --model faces --seed 1 --hotfix {}/empty --out {}/o | card.json
-forget --model faces --image {}/right.png --surrogate {}/other.png --cache {}/text.png --out {}/o | text.png
-forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o | folder that does not exist
-forget --model faces --seed 1 --checkpoint {}/bare/state --out {}/bare | the run itself writes
-forget --model faces --seed 1 --checkpoint {}/o --out {}/o | the run itself writes
-forget --model faces --seed 1 --checkpoint {}/o-private --out {}/o | the run itself writes
-forget --model faces --seed 1 --cache {}/o/kept --out {}/o | the run itself writes
 forget --model faces --seed 1 --out {}/link | is a link
 forget --model faces --seed 1 --out {}/nowhere | is a link
 forget --model faces --seed 1 --out {}/taken | taken-private
 forget --model faces --seed 1 --out . | not an empty folder
-demo --out {}/taken | taken-private
+forget --model faces --seed 1 --rank -1 --out {}/o | -1
+forget --model faces --seed 1 --rank 10000 --out {}/o | --rank 10000 is more than
+forget --model faces --seed 1 --lr 0 --out {}/o | --lr
+forget --model faces --seed 1 --sampling-steps 0 --out {}/o | --sampling-steps
+forget --model faces --seed 1 --hotfix {}/empty --out {}/o | card.json
+forget --model faces --seed 1 --hotfix {}/started --out {}/o | .started.part
+forget --model faces --seed 1 --receipt {}/empty --out {}/o | receipt.json
+forget --model faces --seed 1 --cache {}/text.png --out {}/o | text.png
+forget --model faces --seed 1 --cache {}/o/kept --out {}/o | the run itself writes
+forget --model faces --seed 1 --checkpoint {}/no/such/state --out {}/o | folder that does not exist
+forget --model faces --seed 1 --checkpoint {}/bare/state --out {}/bare | the run itself writes
+forget --model faces --seed 1 --checkpoint {}/o --out {}/o | the run itself writes
+forget --model faces --seed 1 --checkpoint {}/o-private --out {}/o | the run itself writes
+forget --model faces --seed 1 --checkpoint {}/text.png --out {}/o | is no checkpoint
+forget --model faces --seed 1 --checkpoint {}/empty --out {}/o | empty
+forget --model faces --seed 1 --dry-run --out {}/full | not an empty folder
+forget --model flags --seed 1 --surrogate {}/large.png --out {}/o | give --prompt WORDS, or --prompt ""
+forget --model flags --seed 1 --prompt a --class 1 --out {}/o | not both
+forget --model flags --seed 1 --class 1 --out {}/o | give --prompt WORDS
 verify {}/full {}/full | card.json
+verify {}/started {}/full | .started.part
 verify {} | RECEIPT
 audit {}/full | card.json
 audit {}/full --receipt {}/full | card.json
-forget --model flags --seed 1 --surrogate {}/large.png --out {}/o | pictures of words
-sample --model flags --out {}/o.png | pictures of words
+audit {}/full --attacks A99 | --attacks 'A99' is not known; expected some of A1
+audit {}/full --attacks , | --attacks ''
+audit {}/full --attacks a1,A1 | twice
+audit {}/full --attacks A1,A1 | twice
+merge {}/full --out {}/o | card.json
+merge --out {}/o | HOTFIXES
+sample --model faces --seeds 0:4 | give --out FILE, for a sheet
+sample --model flags --out {}/o.png | give --prompt WORDS, or --prompt ""
+sample --model faces --prompt a --out {}/o.png | --prompt 'a' was given, but this model
 sample --model faces --seeds 4:1 --out {}/o.png | 4:1
 sample --model faces --seeds -3 --out {}/o.png | -3
+sample --model faces --seeds 1,1 --out {}/o.png | twice
+sample --model faces --seeds 1.5 --out {}/o.png | 1.5
+sample --model faces --seeds 0:99999999999 --out {}/o.png | are 99999999999 seeds; give 10000 at most
+sample --model faces --seeds 9223372036854775808 --out {}/o.png | 9223372036854775808
 sample --model faces --out {}/o.gif | .png
 sample --model faces --out {}/no/such/o.png | no folder
+sample --model faces --out {}/folder.png | is a folder
+sample --model faces --each {}/text.png | is a file
+sample --model faces --each {}/no/such | no folder
+sample --model faces --each {}/seen | holds seed_7.png already
 sample --model faces --hotfix {} --out {}/o.png | card.json
 sample --model faces --steps 0 --out {}/o.png | 0
 train --data {}/empty --out {}/o --minutes 1 | empty
+train --data {}/text.png --out {}/o --minutes 1 | text.png
 train --data faces --out {}/full --minutes 1 | full
+train --data faces --out {}/no/such/o --minutes 1 | no folder
 train --data faces --out {}/o --minutes 0 | 0
-train --data faces --out {}/o --minutes nan | nan
+train --data faces --out {}/o --minutes nan | --minutes nan
+train --data faces --out {}/o --minutes inf | --minutes inf
 train --data faces --size 30 --out {}/o --minutes 1 | 30
-leaderboard --methods nobody --out {}/o | nobody
-leaderboard --seeds 200:202 --out {}/o | 200
-leaderboard --seeds x --out {}/o | x
+plant --out {}/o | --image or --seed
+plant --image {}/right.png --seed 1 --out {}/o | --image or --seed
+plant --image {}/large.png --out {}/o | --image '{}/large.png' is 64 x 64
+plant --image {}/none.png --out {}/o | none.png
+plant --seed 1 --model flags --out {}/o | makes pictures of words
+plant --seed 1 --until 1 --out {}/o | --until
+plant --seed 1 --data {}/empty --out {}/o | empty
+plant --seed 1 --out {}/full | not an empty folder
+plant --seed 1 --out {}/no/such/o | no folder
+leaderboard --methods nobody --out {}/o | --methods 'nobody' is not known; expected some of naive
+leaderboard --methods ours,ours --out {}/o | twice
+leaderboard --methods ours, --out {}/o | --methods ''
+leaderboard --seeds 200:202 --out {}/o | the seed 200 is in --tuning and in --seeds
+leaderboard --seeds x --out {}/o | --seeds 'x'
+leaderboard --tuning x --out {}/o | --tuning 'x'
 leaderboard --budget 0 --out {}/o | 0
 leaderboard --out {}/full | no board
 leaderboard --out {}/no/such/o | no folder
-leaderboard --model nobody --out {}/o | nobody""".strip().splitlines()]
+leaderboard --model nobody --out {}/o | nobody
+leaderboard --model flags --out {}/o | makes pictures of words
+bench --model nobody | nobody""".strip().splitlines()]
 
 
 def test_bad_input_is_one_sentence_and_leaves_nothing(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(zoo, "load", lru_cache(zoo.load))   # a refusal leaves the model as it was
-    for name in ("full", "empty", "bare", "taken-private"): (tmp_path/name).mkdir()
-    for name in ("full", "taken-private"): (tmp_path/name/"keep").write_text("keep")
+    for name in ("full", "empty", "bare", "taken-private", ".started.part", "folder.png", "seen"):
+        (tmp_path/name).mkdir()
+    for name in ("full/keep", "taken-private/keep", "text.png", "seen/seed_7.png"): (tmp_path/name).write_text("keep")
     (tmp_path/"link").symlink_to("empty"), (tmp_path/"nowhere").symlink_to("o")
-    (tmp_path/"text.png").write_text("no picture")
     for name, side in (("large", 64), ("right", 32)): Image.new("RGB", (side, side)).save(tmp_path/f"{name}.png")
-    Image.new("RGB", (32, 32), "teal").save(tmp_path/"other.png")
+    whole = (tmp_path/"large.png").read_bytes()
+    (tmp_path/"zero.png").write_bytes(b""), (tmp_path/"half.png").write_bytes(whole[:len(whole) // 2])
     def state(): return {p: p.is_file() and p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
     before = state()
     for args, says in BAD:
-        assert says in fails(capsys, *args.replace("{}", str(tmp_path)).split()), args
+        args, says = (text.replace("{}", str(tmp_path)) for text in (args, says))
+        assert says in fails(capsys, *args.split()), args
         assert state() == before, args
 
 
@@ -465,10 +593,32 @@ def test_a_sentence_arrives_whole():
                               (OSError(13, "'x' could not be written", ".x.part"), "'x' could not be written", 2),
                               (OSError(13, "Permission denied", "/x"), "Permission denied: '/x'", 2),
                               (ConnectionError("no network"), "no network", 2),
-                              (FloatingPointError("nan"), "nan", 1), (click.UsageError("how"), "how", 2)):
+                              (FloatingPointError("nan"), "nan", 1), (click.UsageError("how"), "how", 2),
+                              (ValueError("give that; leave the prompt out"), "give that; leave --prompt out", 2)):
         assert sentence(error) == (said, code)
     said, code = sentence(click.Abort())
     assert said.startswith("stopped; ") and code == 130
+
+
+def test_what_is_said_in_other_words_is_said_somewhere():
+    "Each phrase in the words of Python stands in a module, so that the list does not outlive them."
+    source = " ".join(re.sub(r'"\s+f?"|\s+', " ", p.read_text()) for p in (ROOT/"unlearn_nb").glob("*.py")
+                      if p.name != "cli.py")
+    source = re.sub(r"\s+", " ", source)
+    for python, option in SAID:
+        assert python in source.replace("'", "").replace('" "', "") or python in source, python
+        assert "--" in option and "`" not in option
+
+
+def test_full_memory_is_a_sentence(tmp_path, capsys, monkeypatch):
+    for error in (MemoryError(), RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to"),
+                  torch.OutOfMemoryError("CUDA out of memory")):
+        def full(*args, error=error, **kw): raise error
+        monkeypatch.setattr("unlearn_nb.zoo.load", full)
+        with pytest.raises(SystemExit) as e: run("sample", "--model", "faces", "--out", tmp_path/"x.png")
+        assert e.value.code == 1 and "the memory is full" in capsys.readouterr().err
+    monkeypatch.setattr("unlearn_nb.zoo.load", lambda *args: {}["a bug"])
+    with pytest.raises(KeyError): run("sample", "--model", "faces", "--out", tmp_path/"x.png")   # no bug is hidden
 
 
 def test_a_full_disk_is_a_sentence(tmp_path, capsys, monkeypatch):

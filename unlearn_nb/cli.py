@@ -9,14 +9,26 @@ __all__ = ['two_folders', 'new_folders', 'parse_seeds', 'forget_one', 'cli', 'de
 # %% ../nbs/workshop/cli.ipynb #d10159c7
 import os
 import re
+import shlex
 import shutil
+import sys
+import time
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import click
 
 try: import fcntl   # not on Windows: there a killed run leaves a folder that must be deleted by hand
 except ImportError: fcntl = None
+
+# %% ../nbs/workshop/cli.ipynb #cl17note
+FIRST = os.environ.get("RANK", "0") == "0"   # of several processes, as `accelerate launch` starts them, this one speaks
+
+MOST = 10_000   # seeds in one command
+
+def note(text):
+    if FIRST: click.echo(f"note: {text}", err=True)
 
 # %% ../nbs/workshop/cli.ipynb #ac6a3e3b
 def parent_of(option, path):
@@ -63,6 +75,28 @@ def ours(part, out):
     finally:
         if fcntl: os.close(handle)
 
+# %% ../nbs/workshop/cli.ipynb #cl17left
+def left_behind(folder):
+    "Files in a folder that `files.write` was writing when it was killed: hidden, of a process that is gone."
+    from psutil import pid_exists
+    found = {p: re.fullmatch(r"\..+\.(\d+)\.part", p.name) for p in Path(folder).glob(".*.part") if p.is_file()}
+    return sorted(p for p, m in found.items() if m and not pid_exists(int(m[1])))
+
+def tidy(*folders):
+    "Remove what runs that were killed left in folders that this one writes to, and say so."
+    for file in [file for folder in folders if folder for file in left_behind(folder)]:
+        file.unlink(missing_ok=True)
+        note(f"removed {str(file)!r}, left by a run that was killed")
+
+def in_progress(folder):
+    "ValueError if a folder to be read is not there, but a run to it is at work, or was killed."
+    part, folder = Path(folder).with_name(f".{Path(folder).name}.part"), Path(folder)
+    if part.is_dir() and not folder.exists():
+        raise ValueError(f"{str(folder)!r} is not there yet, but {str(part)!r} is: the run that writes it is at work, "
+                         "or was killed; wait for it, or give its command again")
+    for file in left_behind(folder) if folder.is_dir() else ():
+        note(f"{str(file)!r} was left by a run that was killed; delete it")
+
 # %% ../nbs/workshop/cli.ipynb #cli15010
 def place(part, out):
     "Rename a folder that is whole."
@@ -74,57 +108,103 @@ def place(part, out):
                          f"the result is whole and lies in {str(part)!r}") from None
 
 # %% ../nbs/workshop/cli.ipynb #4c09e05a
-def two_folders(out):
-    "(the folder to be given away, the one to be kept) of --out. ValueError if a run can't write them when it is done."
+def two_folders(out, private=True):
+    """(the folder to be given away, the one to be kept) of --out; private: is there such a one?
+
+    ValueError if a run could not write them when it is done."""
     from unlearn_nb.hotfix import private_folder
     out = Path(out)
     if out.name in ("", ".."): out = out.resolve()
-    private = private_folder(out)
+    kept = private_folder(out)
     check_free(f"--out {str(out)!r}", out)
-    check_free(f"{str(private)!r}, where the private part of --out {str(out)!r} goes,", private)
+    if private: check_free(f"{str(kept)!r}, where the private part of --out {str(out)!r} goes,", kept)
     parent_of("--out", out)
-    return out, private
+    return out, kept
 
 @contextmanager
-def new_folders(out):
+def new_folders(out, private=True):
     """A hidden folder with its `private_folder`; they become `out-private` and then `out` if all goes well.
 
-    If not, they are removed: nothing half-written is ever left. What a killed run left is removed first."""
+    If not, they are removed: nothing half-written is ever left. What a killed run left is removed first, and named.
+    private: without it there is the one folder alone."""
     from unlearn_nb.hotfix import private_folder
-    out, private = two_folders(out)
-    part = out.with_name(f".{out.name}.part")
-    parts = part, private_folder(part)
+    folders = two_folders(out, private)[:1 + private]
+    part = folders[0].with_name(f".{folders[0].name}.part")
+    parts = (part, private_folder(part))[:1 + private]
     with ours(part, out):
         try:
-            for file in part.iterdir(): shutil.rmtree(file) if file.is_dir() else file.unlink()
-            shutil.rmtree(parts[1], ignore_errors=True)
-            parts[1].mkdir(0o700)
+            if old := [*part.iterdir()]: note(f"removed {str(part)!r}, left by a run to --out that was killed")
+            for file in old: shutil.rmtree(file) if file.is_dir() else file.unlink()
+            for folder in parts[1:]:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(0o700)
             yield part
         except BaseException:
             for folder in parts: shutil.rmtree(folder, ignore_errors=True)
             raise
-        place(parts[1], private)
-        place(part, out)
+        for folder, name in zip(parts[::-1], folders[::-1]): place(folder, name)
 
 # %% ../nbs/workshop/cli.ipynb #21b2ee73
-def parse_seeds(text):
-    "'0:16' or '3,5,8' -> list of seeds. ValueError for anything else."
+def parse_seeds(text, option="--seeds"):
+    "'0:16' or '3,5,8' -> list of seeds. ValueError for anything else, with the option named."
     try:
         if ":" in text:
             a, b = map(int, text.split(":"))
-            seeds = list(range(a, b))
+            seeds = range(a, b)
         else: seeds = [int(v) for v in text.split(",")]
     except ValueError: seeds = []
-    if not seeds or min(seeds) < 0:
-        raise ValueError(f"--seeds {text!r} is not a range like 0:16 or a list like 3,5,8 of seeds of 0 or more")
-    return seeds
+    if not len(seeds) or not 0 <= min(seeds) <= max(seeds) < 2 ** 63:
+        raise ValueError(f"{option} {text!r} is not a range like 0:16 or a list like 3,5,8 of seeds of 0 or more")
+    if len(seeds) > MOST: raise ValueError(f"{option} {text!r} are {len(seeds)} seeds; give {MOST} at most")
+    if twice := [k for k in seeds if list(seeds).count(k) > 1] if isinstance(seeds, list) else []:
+        raise ValueError(f"{option} {text!r} names the seed {twice[0]} twice; give each once")
+    return list(seeds)
+
+# %% ../nbs/workshop/cli.ipynb #cl17word
+def words_of(denoiser, prompt=None, number=None):
+    "The prompt that --prompt or --class asks for; None of a model without words. ValueError for what does not fit it."
+    others = getattr(denoiser, "others", ("",))
+    classes = others if denoiser.prompts and others != ("",) else ()
+    given = "--prompt" if prompt is not None else "--class" if number is not None else None
+    if prompt is not None and number is not None: raise ValueError("give --prompt or --class, not both")
+    if not denoiser.prompts:
+        if given is None: return None
+        raise ValueError(f"{given} {number if prompt is None else prompt!r} was given, but this model makes pictures "
+                         "without words or classes; leave it out")
+    if classes:
+        some = f"this model makes pictures of classes; give --class N, {classes[0]} to {classes[-1]}"
+        if given is None: raise ValueError(some)
+        said = prompt if number is None else str(number)
+        if said in classes or said == "" and "" in denoiser.prompts: return said
+        raise ValueError(f"{given} {said!r} is no class of this model: {some.partition(': ')[2] or some}")
+    if prompt is None:
+        raise ValueError(f"{'' if given is None else '--class was given, but '}this model makes pictures of words; "
+                         'give --prompt WORDS, or --prompt "" for no words')
+    return prompt
+
+# %% ../nbs/workshop/cli.ipynb #cl17said
+SAID = (   # what a module says in the words of Python: what the command says instead
+    ("leave the prompt out", "leave --prompt out"),
+    ('give prompt="...", or prompt="" for no words', 'give --prompt WORDS, or --prompt "" for no words'),
+    ("load the base that it was made for", "give that base as --model"),
+    ("this hotfix is already applied; remove it first", "a --hotfix is given twice; give each once"),
+    ("is a tuning seed and a test seed", "is in --tuning and in --seeds"),
+    ("start anew with a smaller lr than", "start anew with a smaller --lr than"),
+    ("and another checkpoint", "and another --checkpoint"),
+    ("give more steps or a larger share", "give more --steps or a lower --until"),
+    ("give others as retain", "give other words with --keep, if it is a model with words"),
+    ("keep it with a mask", "keep it with --mask"),
+    ("to forget; let the edit cover more, or take another seed", "to forget; let --mask cover more, or give another "
+     "--surrogate"),
+    ("cover less, or take a nearer surrogate", "let --mask cover less, or give a nearer --surrogate"),
+)
+
+def in_options(text):
+    "A sentence of a module in the words of the command."
+    for python, option in SAID: text = text.replace(python, option)
+    return text
 
 # %% ../nbs/workshop/cli.ipynb #4cf4c131
-FIRST = os.environ.get("RANK", "0") == "0"   # of several processes, as `accelerate launch` starts them, this one speaks
-
-def note(text):
-    if FIRST: click.echo(f"note: {text}", err=True)
-
 def join_processes():
     "Wait for the other processes of this run, if there are any, and take this one's GPU."
     if "RANK" not in os.environ: return
@@ -144,10 +224,21 @@ def receipt_of(fix, folder, given):
                      "give the right one with --receipt, or move this one away")
 
 # %% ../nbs/workshop/cli.ipynb #cliread1
+def read_fixes(folders):
+    "The hotfixes of the folders. ValueError if one is damaged, unfinished, or there twice."
+    from unlearn_nb.hotfix import Hotfix
+    fixes = []
+    for folder in folders:
+        in_progress(folder)
+        fixes.append(Hotfix.load(folder))
+        if fixes[-1].id in [fix.id for fix in fixes[:-1]]:
+            raise ValueError(f"the hotfix {str(folder)!r} is given twice; give each once")
+    return fixes
+
 def read_hotfixes(folders, receipts):
     "(hotfixes of the folders, the receipt of each or None); all that is given with --receipt must belong to one."
-    from unlearn_nb.hotfix import Hotfix, read_receipt
-    fixes, given = [Hotfix.load(folder) for folder in folders], [read_receipt(folder) for folder in receipts]
+    from unlearn_nb.hotfix import read_receipt
+    fixes, given = read_fixes(folders), [read_receipt(folder) for folder in receipts]
     found = [receipt_of(fix, folder, given) for fix, folder in zip(fixes, folders)]
     for name, receipt in zip(receipts, given):
         if not any(receipt is r for r in found):
@@ -176,17 +267,64 @@ def descriptor(denoiser, named=None):
     return zoo.descriptor(denoiser, named)
 
 # %% ../nbs/workshop/cli.ipynb #6cfc8bef
-def request_of(denoiser, cfg, describe, seed, image, surrogate, prompt):
+def picture_of(option, file, denoiser=None):
+    "The picture of a file that an option names. ValueError if it is none, or not of the model's size."
+    from unlearn_nb.denoiser import read_image
+    image = read_image(file)
+    if denoiser and image.size != (size := denoiser.size):
+        raise ValueError(f"{option} {str(file)!r} is {image.width} x {image.height} pixels, but this model makes "
+                         f"{size[0]} x {size[1]}; resize it first")
+    return image
+
+def request_of(denoiser, cfg, describe, asked, prompt, mask):
     "The `Request` of what was asked for on the command line; what speaks against its surrogate is noted."
     from unlearn_nb import surrogates
-    from unlearn_nb.denoiser import read_image
     from unlearn_nb.states import Request
-    if image: x_f = read_image(image)
-    else: x_f = denoiser.decode(denoiser.sample([seed], cfg.sampling_steps, prompt=prompt))[0]
-    denoiser.encode([x_f])   # refuses a picture of another size
-    x_s = read_image(surrogate) if surrogate else surrogates.propose(denoiser, x_f, steps=cfg.sampling_steps)
-    for warning in surrogates.check(x_f, x_s, describe=describe).warnings: note(f"the surrogate: {warning}")
-    return Request(x_f, x_s, seed, prompt, None if seed is None else cfg.sampling_steps)
+    seed, steps, told = asked["seed"], cfg.sampling_steps, {} if prompt is None else {"prompt": prompt}
+    if asked["image"]: x_f = picture_of("--image", asked["image"], denoiser)
+    else: x_f = denoiser.decode(denoiser.sample([seed], steps, prompt=prompt))[0]
+    if asked["surrogate"]: x_s = picture_of("--surrogate", asked["surrogate"], denoiser)
+    elif denoiser.prompts and "prompt" not in surrogates.propose.__kwdefaults__:
+        raise ValueError("this model makes pictures of words, and repaints none of them; give --surrogate")
+    else: x_s = surrogates.propose(denoiser, x_f, mask=mask, steps=steps, **told)
+    if x_s.convert("RGB").tobytes() == x_f.convert("RGB").tobytes():
+        raise ValueError("the surrogate is the picture to forget; give another --surrogate")
+    for warning in surrogates.check(x_f, x_s, mask=mask, describe=describe).warnings:
+        note(f"the surrogate: {in_options(warning)}")
+    return Request(x_f, x_s, seed, prompt, None if seed is None else steps)
+
+# %% ../nbs/workshop/cli.ipynb #cl17cfg1
+def config_of(denoiser, settings):
+    "The `Config` of a run: the preset of the model, and what the options say. ValueError for too high a rank."
+    from unlearn_nb.directions import layers_of
+    from unlearn_nb.unlearn import Config
+    most = max((min(m.weight.flatten(1).shape) for m in layers_of(denoiser.net).values()), default=1)
+    if (rank := settings.get("rank") or 0) > most:
+        raise ValueError(f"--rank {rank} is more than the weights of this model have; give {most} at most, or 0")
+    return Config.of(denoiser, **settings)
+
+def keep_of(denoiser, keep):
+    "The prompts whose pictures must stay, of --keep. ValueError for what the model does not know."
+    from unlearn_nb.zoo import companions
+    if keep and not denoiser.prompts:
+        raise ValueError(f"--keep {keep[0]!r} was given, but this model makes pictures without words; leave it out")
+    for words in keep: words_of(denoiser, words)
+    return keep or companions(denoiser).prompts
+
+def check_checkpoint(file, places):
+    "ValueError if a --checkpoint could not be written, or what is there is none."
+    from safetensors import SafetensorError, safe_open
+    if not file: return
+    check_outside("--checkpoint", file, places)
+    if not (folder := Path(file).resolve().parent).is_dir():
+        raise ValueError(f"--checkpoint {file!r} would lie in a folder that does not exist; make it first")
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"--checkpoint {file!r} cannot be written there; give a place in which you may write")
+    if not Path(file).exists(): return
+    try:
+        with safe_open(file, "pt") as f: known = "identity" in (f.metadata() or {})
+    except (OSError, SafetensorError): known = False
+    if not known: raise ValueError(f"--checkpoint {file!r} is there, and is no checkpoint; give another name")
 
 # %% ../nbs/workshop/cli.ipynb #cli15008
 def write_reports(folder, denoiser, request, evidence, before, after):
@@ -205,45 +343,195 @@ def say_which(out, private):
     click.echo(f"to keep: written to {private}: {listed(private)}; it shows what went, and proves it: "
                f"`unlearn_nb verify {out} {private}`")
 
+# %% ../nbs/workshop/cli.ipynb #cl17prep
+@dataclass(frozen=True)
+class Run:
+    "What a run works with, once all that was asked for has been looked at."
+    denoiser: object
+    cfg: object
+    describe: object
+    prompt: str | None    # of the request
+    prompts: tuple        # whose pictures must stay
+    mask: object          # PIL, or None
+    earlier: list         # requests of the hotfixes that are on
+
+def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=None, keep=(), mask=None, folders=(),
+           receipts=(), **settings):
+    "The `Run` that was asked for. ValueError, in the words of the options, for what cannot be; nothing is computed."
+    for option, file in (("--image", image), ("--surrogate", surrogate)): file and picture_of(option, file)
+    denoiser, earlier = with_hotfixes(model, folders, receipts)
+    prompt, prompts = words_of(denoiser, prompt, number), keep_of(denoiser, keep)
+    for option, file in (("--image", image), ("--surrogate", surrogate)):
+        if file: picture_of(option, file, denoiser)
+    cfg = config_of(denoiser, {k: v for k, v in settings.items() if v is not None})
+    if mask:
+        from unlearn_nb.surrogates import parse_mask
+        mask = parse_mask(mask, denoiser.size)
+    return Run(denoiser, cfg, descriptor(denoiser), prompt, prompts, mask, earlier)
+
 # %% ../nbs/workshop/cli.ipynb #8aff5056
-def forget_one(model, seed=None, image=None, surrogate=None, steps=None, out="unlearn_demo", rank=None, folders=(),
-               receipts=(), checkpoint=None, cache=None, prompt=None, keep=()):
-    "One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing."
-    from unlearn_nb import report
-    from unlearn_nb.states import default_retain
-    from unlearn_nb.unlearn import Config, retain_settings, unlearn
-    from unlearn_nb.zoo import companions
-    places, say = two_folders(out), click.echo if FIRST else lambda text: None
-    check_outside("--checkpoint", checkpoint, places), check_outside("--cache", cache, places)
+def forget_one(*, out="unlearn_demo", checkpoint=None, cache=None, dry_run=False, **asked):
+    """One whole run: edit, unlearn, evaluate, write. Prints where it is; returns nothing.
+
+    asked: as the options of `forget` are called. dry_run: says what would be done instead."""
+    if (asked.setdefault("seed") is None) == (asked.setdefault("image") is None):
+        raise ValueError("give either --seed or --image: which picture is to be forgotten")
+    asked.setdefault("surrogate")
+    places = two_folders(out)
+    check_checkpoint(checkpoint, places), check_outside("--cache", cache, places)
     join_processes()
+    if dry_run: return say_plan(run_of(**asked), asked, places, checkpoint, cache)
     with new_folders(out) if FIRST else nullcontext() as folder:
-        denoiser, earlier = with_hotfixes(model, folders, receipts)
-        denoiser.prompt_ids(prompt, 1)   # refuses a prompt that is missing, or of no use
-        cfg = Config.of(denoiser, **{k: v for k, v in (("rank", rank), ("steps", steps)) if v is not None})
-        say(f"1/4  the picture to forget, and its surrogate ({model}, {denoiser.device})")
-        describe, prompts = descriptor(denoiser), keep or companions(denoiser).prompts
-        request = request_of(denoiser, cfg, describe, seed, image, surrogate, prompt)
-        say(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
-        others = default_retain(denoiser, [request], **retain_settings(cfg), cache=cache, prompts=prompts,
-                                describe=describe, earlier=earlier)
-        say("3/4  unlearn")
-        hotfix = unlearn(denoiser, [request], others, cfg, earlier=earlier, checkpoint=checkpoint, describe=describe)
+        tidy(cache)
+        run = run_of(**asked)
+        others, request, hotfix = unlearned(run, asked, checkpoint, cache)
         if not FIRST: return   # the first process judges and writes
-        say("4/4  before and after")
-        reference = others[bool(denoiser.prompts)][1].x0   # as the panel: in no words of the request
-        evidence, before, after = report.evaluate(
-            denoiser, hotfix, [request], reference, earlier, describe=describe, never=companions(denoiser).never,
-            panel=report.PANEL[:32], steps=cfg.sampling_steps, prompts=prompts)
-        hotfix.save(folder)
-        write_reports(folder, denoiser, request, evidence, before, after)
+        evidence = judged(run, request, hotfix, others, folder)
     if checkpoint: Path(checkpoint).unlink(missing_ok=True)
-    click.echo(f"\n{report.table(evidence)}\n")
+    click.echo(f"\n{evidence}\n")
     say_which(*places)
+
+# %% ../nbs/workshop/cli.ipynb #cl17unl1
+def unlearned(run, asked, checkpoint, cache):
+    "(what must stay, the `Request`, the `Hotfix`) of a run."
+    from unlearn_nb.states import default_retain
+    from unlearn_nb.unlearn import retain_settings, unlearn
+    say, d, cfg, known = click.echo if FIRST else lambda text: None, run.denoiser, run.cfg, dict(earlier=run.earlier)
+    say(f"1/4  the picture to forget, and its surrogate ({d.name}, {d.device})")
+    request = request_of(d, cfg, run.describe, asked, run.prompt, run.mask)
+    say(f"2/4  what must stay: {cfg.retain_images} pictures of the model")
+    known |= dict(describe=run.describe)
+    others = default_retain(d, [request], **retain_settings(cfg), cache=cache, prompts=run.prompts, **known)
+    say("3/4  unlearn")
+    return others, request, unlearn(d, [request], others, cfg, checkpoint=checkpoint, **known)
+
+def judged(run, request, hotfix, others, folder):
+    "Judge the hotfix of a run, and write it with its reports into a folder; returns the table of what was found."
+    from unlearn_nb import report
+    from unlearn_nb.zoo import companions
+    click.echo("4/4  before and after")
+    reference = others[bool(run.denoiser.prompts)][1].x0   # as the panel: in no words of the request
+    evidence, before, after = report.evaluate(
+        run.denoiser, hotfix, [request], reference, run.earlier, describe=run.describe,
+        never=companions(run.denoiser).never, panel=report.PANEL[:32], steps=run.cfg.sampling_steps,
+        prompts=run.prompts)
+    hotfix.save(folder)
+    write_reports(folder, run.denoiser, request, evidence, before, after)
+    return report.table(evidence)
+
+# %% ../nbs/workshop/cli.ipynb #cl17dry1
+def sampled_rows(run, asked):
+    "How many states of sampling the net sees in a run and its report: each step of each picture."
+    from unlearn_nb.report import BACK, ERRORS, FRESH, LEVELS, QUICK
+    d, cfg, m = run.denoiser, run.cfg, 19   # m: controls
+    s, few, words = cfg.sampling_steps, min(5, cfg.sampling_steps), bool(d.prompts)
+    own = (2 - words) * (s if asked["seed"] is not None else 4 * s)   # with its mirror; or by inversion
+    if asked["image"] and (words or d.prediction == "flow"): own = 0
+    before = s * (asked["seed"] is not None) + 16 * s * (not asked["surrogate"])
+    stay = s * (cfg.retain_images * (1 + words) + 2 * cfg.near_images) + cfg.pool * few * (2 + words)
+    looks = own + (0 if words or not own else own * (2 + 4 * 2))
+    back = len(LEVELS) * (1 + m) * 4 * min(s, BACK) + len(ERRORS) * (1 + m) * 4
+    report = 2 * (back + s * (1 + 32) + len(FRESH) * min(s, QUICK)) + m * s
+    return before + stay + looks + report + 2 * s * len(run.earlier)
+
+def states_bytes(run):
+    "Bytes of the states of what must stay, which lie in the memory of the machine."
+    d, cfg, words = run.denoiser, run.cfg, bool(run.denoiser.prompts)
+    each = d.shape[0] * d.shape[1] * d.shape[2] * (2 if d.dtype.itemsize == 2 else 4)
+    paths = cfg.retain_images * (1 + words) + 2 * cfg.near_images
+    return paths * cfg.sampling_steps * each * (3 if d.guidance != 1 else 2)
+
+# %% ../nbs/workshop/cli.ipynb #cl17dry2
+def held():
+    "Bytes of memory that this process had at its highest; on a GPU those of the GPU."
+    import torch
+    from psutil import Process
+    if torch.cuda.is_available(): return torch.cuda.max_memory_allocated()
+    try: from resource import RUSAGE_SELF, getrusage
+    except ImportError: return Process().memory_info().peak_wset   # Windows
+    return getrusage(RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+def trial(run, steps=2):
+    "A real step of a run, and sampling: {seconds and operations of a step and of a state, bytes}."
+    from unlearn_nb.bench import flops, full_step, nbytes, race
+    from unlearn_nb.denoiser import max_batch
+    from unlearn_nb.states import Request, generate
+    from unlearn_nb.unlearn import problem_of
+    d, cfg, n = run.denoiser, replace(run.cfg, sampling_steps=steps), max_batch(run.denoiser, 64)
+    def sampling(n=max(2, n), steps=steps): return generate(d, range(n), steps, prompt=run.prompt)
+    begin, stay = time.perf_counter(), sampling()
+    x_f, x_s = d.decode(stay.x0[:2])
+    problem, opt = problem_of(d, [Request(x_f, x_s, 0, run.prompt, steps)], stay, cfg)
+    made = time.perf_counter() - begin
+    def step(n=None):
+        few = replace(problem, cfg=replace(cfg, forget_batch=n, retain_batch=n)) if n else problem
+        return full_step(few, opt)
+    if cfg.gradient_checkpointing: d.net.enable_gradient_checkpointing()
+    try:
+        times = race({"step": step, "sampling": sampling}, 1, d.device)
+        one, two = flops(lambda: step(1)), flops(lambda: step(2))
+        return {"step": times["step"][0], "state": times["sampling"][0] / (steps * max(2, n)), "once": made,
+                "step flops": one + (two - one) * ((cfg.forget_batch + cfg.retain_batch) / 2 - 1),
+                "state flops": flops(lambda: sampling(1, 1)),
+                "hotfix": nbytes(problem.parametrization.delta().values()),
+                "checkpoint": sum(nbytes(v) for v in ([*problem.parametrization.params] * 3, *(
+                    vars(B).values() for B in problem.parametrization.bases if B)))}
+    finally:
+        problem.parametrization.restore()
+        if cfg.gradient_checkpointing: d.net.disable_gradient_checkpointing()
+
+# %% ../nbs/workshop/cli.ipynb #cl17dry3
+def in_words(seconds):
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
+
+def plan_of(run, asked, out, checkpoint=None, cache=None):
+    "What a run would take, and whether it fits: {seconds, flops, memory, memory_there, disk, disk_there, fits}."
+    import torch
+    from psutil import Process, virtual_memory
+    before, found, rows, states = Process().memory_info().rss, trial(run), sampled_rows(run, asked), states_bytes(run)
+    cuda, there = run.denoiser.device.type == "cuda", virtual_memory().available
+    memory = held() + (0 if cuda else states)
+    room = sum(torch.cuda.mem_get_info()[:1]) + torch.cuda.memory_reserved() if cuda else there + before
+    disk = found["hotfix"] + 3e6 + found["checkpoint"] * bool(checkpoint) + states * bool(cache)
+    free = shutil.disk_usage(out.parent).free
+    return {"seconds": found["once"] + rows * found["state"] + run.cfg.steps * found["step"],
+            "flops": rows * found["state flops"] + run.cfg.steps * found["step flops"],
+            "step": found["step"], "memory": memory, "memory_there": room, "disk": disk, "disk_there": free,
+            "fits": memory <= room and (not cuda or states <= there) and disk <= free}
+
+# %% ../nbs/workshop/cli.ipynb #cl17dry4
+def say_plan(run, asked, places, checkpoint, cache):
+    "Say what a run would do and take. Exit code 1 if it does not fit."
+    cfg, d, n = run.cfg, run.denoiser, run.cfg.near_images
+    plan = plan_of(run, asked, places[0], checkpoint, cache)
+    if not FIRST: return
+    words = "" if run.prompt is None else f" of {run.prompt!r}"
+    picture = asked["image"] or f"what seed {asked['seed']} gives in {cfg.sampling_steps} steps"
+    def size(v): return f"{v / 1e9:.1f} GB" if v >= 1e8 else f"{v / 1e6:.1f} MB"
+    instead = asked["surrogate"] or "a picture that it repaints"
+    lines = (f"would make {d.name} forget {picture}{words}, and give {instead} instead",
+             f"what must stay: {cfg.retain_images * (1 + bool(d.prompts))} of its pictures and {2 * n} near ones, "
+             f"{cfg.sampling_steps} states of each; earlier requests: {len(run.earlier)}",
+             f"{cfg.steps} steps of {cfg.forget_batch} + {cfg.retain_batch} states, "
+             f"{f'a LoRA of rank {cfg.rank}' if cfg.rank else 'whole weights'}, {cfg.precision}, on {d.device}",
+             f"time: about {in_words(plan['seconds'])} ({plan['step']:.2g} s a step), {plan['flops'] / 1e12:.3g} TFLOP",
+             f"memory: {size(plan['memory'])} of {size(plan['memory_there'])}; "
+             f"disk: {size(plan['disk'])} of {size(plan['disk_there'])}",
+             f"would write {places[0]} and {places[1]}; the attacks of `unlearn_nb audit` come after, and take longer")
+    for line in lines: click.echo(line)
+    if plan["fits"]: return click.echo("it fits; nothing was written")
+    lacks = " and ".join(k for k in ("memory", "disk") if plan[k] > plan[f"{k}_there"]) or "memory"
+    click.echo(f"it does not fit: too little {lacks}; nothing was written")
+    raise SystemExit(1)
 
 # %% ../nbs/workshop/cli.ipynb #eebe888f
 HELP = {"help_option_names": ["-h", "--help"]}
 FOLDER, FILE, COUNT = click.Path(), click.Path(dir_okay=False), click.IntRange(min=1)
 MODELS = "'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256."
+CLASS = click.IntRange(min=0)
+SEED = click.IntRange(0, 2 ** 63 - 1)
 OUT = "A new folder for what may be given away; what must be kept goes to FOLDER-private."
 SEEDS = "a range like 0:16, which is 0 to 15, or a list like 3,5,8."
 
@@ -258,30 +546,46 @@ def option(*names, what, kind=None, unit=None, **kw):
 def cli(): "Make a diffusion model forget one picture that no prompt can name, and keep everything else."
 
 @cli.command(epilog="Example: unlearn_nb demo --seed 7 --out seven")
-@option("--seed", kind=click.IntRange(min=0), unit="N", default=100,
+@option("--seed", kind=SEED, unit="N", default=100,
         what="Forget the face that the model makes from this seed.")
 @option("--out", kind=FOLDER, unit="FOLDER", default="unlearn_demo", what=OUT)
 @option("--steps", kind=COUNT, unit="N", show_default="50", what="Updates of the weights.")
 def demo(seed, out, steps):
     "Forget a face of the built-in model and show that it is gone. Takes about two minutes on 2 CPU cores."
-    forget_one("faces", seed, steps=steps, out=out)
+    forget_one(model="faces", seed=seed, steps=steps, out=out)
+
+# %% ../nbs/workshop/cli.ipynb #cl17opts
+def asked_for(f):
+    "The options that say what is to be forgotten."
+    for add in reversed((
+            option("--model", required=True, unit="MODEL", what=MODELS),
+            option("--seed", kind=SEED, unit="N",
+                   what="Forget what the model makes from this number (`sample --each` shows it). This or --image."),
+            option("--image", kind=FOLDER, unit="FILE",
+                   what="Forget this picture: PNG, JPEG or WebP, of the model's size."),
+            option("--prompt", unit="WORDS", what="The words that the picture is made with, if the model takes words."),
+            option("--class", "number", kind=CLASS, unit="N", what="Its class, if the model takes classes."),
+            option("--sampling-steps", kind=COUNT, unit="N", show_default="25",
+                   what="Sampling steps in which the seed gives the picture, as --steps of `sample`."),
+            option("--surrogate", kind=FOLDER, unit="FILE", what="The picture to give instead.",
+                   show_default="the model repaints the one to forget"),
+            option("--mask", unit="MASK", show_default="an ellipse in the middle",
+                   what="Where it repaints: box:L,T,R,B or ellipse:L,T,R,B, left, top, right and bottom as shares of "
+                        "the sides, like box:.2,.1,.8,.9; or a picture that is white there."))): f = add(f)
+    return f
 
 # %% ../nbs/workshop/cli.ipynb #e923693d
 @cli.command(epilog="Example: unlearn_nb forget --model faces --seed 7 --out seven")
-@option("--model", required=True, unit="MODEL", what=MODELS)
-@option("--seed", kind=click.IntRange(min=0), unit="N",
-        what="Forget what the model makes from this seed. Give this or --image.")
-@option("--image", kind=FOLDER, unit="FILE", what="Forget this picture (PNG, JPEG or WebP, of the model's size).")
-@option("--prompt", unit="WORDS", what="The words that the picture is made with, if the model takes words.")
-@option("--surrogate", kind=FOLDER, unit="FILE", what="The picture to give instead.",
-        show_default="the model repaints the middle of the one to forget")
+@asked_for
 @option("--out", kind=FOLDER, required=True, unit="FOLDER", what=OUT)
 @option("--keep", multiple=True, unit="WORDS", show_default="of no words; for 'flags', of every flag",
         what="Pictures of these words must stay, beside those of --prompt. May be given several times.")
 @option("--steps", kind=COUNT, unit="N", show_default="50; of a model with words 60",
         what="Updates of the weights.")
+@option("--lr", kind=click.FloatRange(0, min_open=True), unit="X", show_default="6e-3; of a model with words 1e-2",
+        what="How far the weights move in a step, at most.")
 @option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; of a model with words 16",
-        what="Write a LoRA of this rank; 0: whole weights.")
+        what="Write a LoRA of this rank, a small file; 0: whole weights.")
 @option("--hotfix", "folders", kind=FOLDER, multiple=True, unit="FOLDER",
         what="Go on from the model with this hotfix; what its receipt (FOLDER-private) holds stays forgotten. "
              "May be given several times.")
@@ -291,14 +595,11 @@ def demo(seed, out, steps):
         what="Keep the state of the run here: after a stop, the same command goes on from there.")
 @option("--cache", kind=click.Path(file_okay=False), unit="FOLDER",
         what="Keep pictures of the model here, for the next request to the same model.")
-def forget(seed, image, checkpoint, **asked):
+@option("--dry-run", is_flag=True, show_default=False,
+        what="Write nothing; say what would be done, how long it takes, and whether it fits (exit code 1: no).")
+def forget(**asked):
     "Forget one picture of a model. Writes a hotfix, to give away, and its receipt, to keep."
-    if (seed is None) == (image is None):
-        raise ValueError("give either --seed or --image: which picture is to be forgotten")
-    check_outside("--checkpoint", checkpoint, two_folders(asked["out"]))
-    if checkpoint and not Path(checkpoint).resolve().parent.is_dir():
-        raise ValueError(f"--checkpoint {checkpoint!r} would lie in a folder that does not exist; make it first")
-    forget_one(seed=seed, image=image, checkpoint=checkpoint, **asked)
+    forget_one(**asked)
 
 # %% ../nbs/workshop/cli.ipynb #cli15003
 def same_picture(denoiser, r):
@@ -319,9 +620,9 @@ def same_picture(denoiser, r):
         what="Make the picture of the seed again with this base, and compare it byte for byte.")
 def verify(hotfix, receipt, model):
     "Prove which picture a hotfix makes a model forget. Exit code 1 if the receipt is not the hotfix's own."
-    from unlearn_nb.hotfix import Hotfix, check_base, read_receipt, verify
+    from unlearn_nb.hotfix import check_base, read_receipt, verify
     from unlearn_nb.zoo import load
-    fix, kept = Hotfix.load(hotfix), read_receipt(receipt)
+    [fix], kept = read_fixes([hotfix]), read_receipt(receipt)
     proved = verify(fix, kept)
     if not proved: raise ValueError(f"the card of {hotfix!r} names no request, and the receipt holds none")
     denoiser = load(model) if model else None
@@ -383,28 +684,55 @@ def add_audit(folder, private, result, picture):
         figures = [(AUDIT, [[(picture, None, "one line for each attack, beside its controls")]])]
         if "verdicts" in found: page_again(place / "report.html", found, figures if place == private else ())
 
+# %% ../nbs/workshop/cli.ipynb #cl17att1
+def names_of(option, text, known, short=()):
+    "The names with commas between them that an option gives; None if it is not given. ValueError for an unknown one."
+    if text is None: return None
+    spelled, names = {k.casefold(): k for k in [*known, *short]}, []
+    for name in map(str.strip, text.split(",")):
+        if (found := spelled.get(name.casefold())) is None:
+            raise ValueError(f"{option} {name!r} is not known; expected some of {', '.join(known)}")
+        if found in names: raise ValueError(f"{option} {name!r} is given twice; give each once")
+        names.append(found)
+    return names
+
+def attacks_of(text):
+    "The names of attacks that --attacks gives, whole or by their first words, like A1."
+    from unlearn_nb.audit import ATTACKS
+    known = sorted(ATTACKS, key=lambda name: (int(re.sub(r"\D", "", name.split()[0])), name))
+    return names_of("--attacks", text, known, [name.split()[0] for name in known])
+
+def base_of(fix, folder, model):
+    "The base of a hotfix: --model, or the one named on its card. ValueError if that is not there."
+    from unlearn_nb.zoo import load
+    base = fix.card["base"]
+    if model: return load(model)
+    try: return load(base["id"], revision=base.get("revision"))
+    except (ValueError, OSError) as e:
+        raise ValueError(f"the card of {str(folder)!r} names the base {base['id']!r}, which cannot be loaded from here "
+                         f"({e}); give it as --model") from e
+
 # %% ../nbs/workshop/cli.ipynb #cli15007
 @cli.command(epilog="Example: unlearn_nb audit seven --quick")
 @click.argument("hotfix", type=FOLDER)
 @option("--receipt", kind=FOLDER, unit="FOLDER", show_default="HOTFIX-private", what="Its private folder.")
-@option("--attacks", unit="NAMES", show_default="all", what="Attacks with commas between them, like A1,A14c.")
+@option("--attacks", unit="NAMES", show_default="all", what="Ways to bring the picture back, like A1,A14c.")
 @option("--quick", is_flag=True, show_default=False, what="Only the quick ones: some minutes instead of half an hour.")
 @option("--model", unit="MODEL", show_default="the one named on the card", what=f"The base: {MODELS}")
 def audit(hotfix, receipt, attacks, quick, model):
     "Try to bring the picture back, and to read it from the file. Fills the reports."
     from unlearn_nb.audit import figure, table
-    from unlearn_nb.hotfix import Hotfix, check_base, private_folder, read_receipt, verify
-    from unlearn_nb.zoo import load
+    from unlearn_nb.hotfix import check_base, private_folder, read_receipt, verify
+    names = attacks_of(attacks)
     private = Path(receipt) if receipt else private_folder(hotfix)
-    fix, kept = Hotfix.load(hotfix), read_receipt(private)
+    [fix], kept = read_fixes([hotfix]), read_receipt(private)
     if not all(verify(fix, kept)):
         raise ValueError(f"the receipt in {str(private)!r} is not that of the hotfix {hotfix!r}; give --receipt")
     if not kept.requests: raise ValueError(f"the receipt in {str(private)!r} holds no picture to look for")
-    base = fix.card["base"]
-    denoiser = load(model or base["id"], revision=None if model else base.get("revision"))
-    check_base(denoiser, base)
+    denoiser = base_of(fix, hotfix, model)
+    check_base(denoiser, fix.card["base"])
     if fix.card.get("on"): note("this hotfix was made on top of others, which are not on here")
-    names = [name.strip() for name in attacks.split(",")] if attacks else None
+    tidy(hotfix, private)
     result = audited(denoiser, fix, kept.requests, names, quick)
     add_audit(Path(hotfix), private, result, figure(result))
     click.echo(f"\n{table(result)}\n\nwritten to {private}: audit.png and reports; a word per attack to {hotfix}")
@@ -436,23 +764,63 @@ def merge(folders, receipts, out):
         what="Apply this hotfix first. May be given several times.")
 @option("--seeds", default="0:16", unit="SEEDS", what=SEEDS.capitalize())
 @option("--prompt", unit="WORDS", what="What to make pictures of, if the model takes words.")
-@option("--out", kind=FOLDER, required=True, unit="FILE", what="The PNG to write.")
-@option("--steps", kind=COUNT, unit="N", default=50, what="Sampling steps.")
-def sample(model, folders, seeds, prompt, out, steps):
-    "Sample a model, with or without a hotfix. Writes all pictures as one PNG."
+@option("--class", "number", kind=CLASS, unit="N", what="The class to make pictures of, if the model takes classes.")
+@option("--out", kind=FOLDER, unit="FILE", what="A PNG to write with all pictures in it; an older one is replaced.")
+@option("--each", kind=FOLDER, unit="FOLDER", what="A folder to write each picture to, at its own size, as seed_7.png.")
+@option("--steps", kind=COUNT, unit="N", default=25, what="Sampling steps.")
+def sample(model, folders, seeds, prompt, number, out, each, steps):
+    "Sample a model, with or without a hotfix. Writes all pictures as one PNG, or each alone."
+    from unlearn_nb.zoo import load
+    seeds = parse_seeds(seeds)
+    sheet, files = sheet_of(out), files_of(each, seeds)
+    if not (out or each): raise ValueError("give --out FILE, for a sheet of all pictures, or --each FOLDER")
+    fixes, denoiser = read_fixes(folders), load(model)
+    prompt = words_of(denoiser, prompt, number)
+    for fix in fixes: fix.apply(denoiser)
+    pictures = denoiser.decode(denoiser.sample(seeds, steps, prompt=prompt))
+    write_pictures(pictures, sheet, files)
+    if out: click.echo(f"written to {out}: {len(seeds)} pictures")
+    if not each: return
+    click.echo(f"written to {each}: {files[0].name}{f' ... {files[-1].name}' if len(files) > 1 else ''}")
+    if fixes: return
+    told = [] if prompt is None else ["--class", number] if number is not None else ["--prompt", prompt]
+    told += ["--sampling-steps", steps] if steps != 25 else []
+    command = shlex.join(map(str, ["forget", "--model", model, "--seed", seeds[0], *told, "--out", "NAME"]))
+    click.echo(f"to forget the first: `unlearn_nb {command}`")
+
+# %% ../nbs/workshop/cli.ipynb #cl17smp1
+def sheet_of(out):
+    "The path of --out; None if it was not given. ValueError for what no PNG can be written to."
+    if not out: return None
+    out = Path(out)
+    if out.suffix.lower() != ".png": raise ValueError(f"--out {str(out)!r} must end in .png")
+    if out.is_dir(): raise ValueError(f"--out {str(out)!r} is a folder; give a file, or the folder as --each")
+    if not os.access(parent_of("--out", out), os.W_OK):
+        raise ValueError(f"--out {str(out)!r} cannot be written there; give a place in which you may write")
+    return out
+
+def files_of(each, seeds):
+    "Where each picture goes, of --each. ValueError if it cannot, or one is there already: it may be painted on."
+    if not each: return []
+    folder = Path(each)
+    parent_of("--each", folder)
+    if folder.exists() and not folder.is_dir(): raise ValueError(f"--each {each!r} is a file; give a folder")
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):
+        raise ValueError(f"--each {each!r} cannot be written; give a place in which you may write")
+    files = [folder / f"seed_{seed}.png" for seed in seeds]
+    if old := next((file for file in files if file.exists()), None):
+        raise ValueError(f"--each {each!r} holds {old.name} already; give another folder, or other --seeds")
+    return files
+
+def write_pictures(pictures, sheet, files):
+    "All pictures as one PNG, enlarged if they are small, and each into its file."
     from unlearn_nb.faces import grid
     from unlearn_nb.figures import png_bytes
     from unlearn_nb.files import write
-    from unlearn_nb.hotfix import Hotfix
-    from unlearn_nb.zoo import load
-    seeds, out = parse_seeds(seeds), Path(out)
-    if out.suffix.lower() != ".png": raise ValueError(f"--out {str(out)!r} must end in .png")
-    parent_of("--out", out)
-    fixes, denoiser = [Hotfix.load(folder) for folder in folders], load(model)
-    for fix in fixes: fix.apply(denoiser)
-    pictures = denoiser.decode(denoiser.sample(seeds, steps, prompt=prompt))
-    write(out, png_bytes(grid(pictures, min(8, len(seeds)), max(1, 128 // denoiser.size[0]))))
-    click.echo(f"written to {out}: {len(seeds)} pictures")
+    if sheet: write(sheet, png_bytes(grid(pictures, min(8, len(pictures)), max(1, 128 // pictures[0].width))))
+    for file, picture in zip(files, pictures):
+        file.parent.mkdir(exist_ok=True)
+        write(file, png_bytes(picture))
 
 # %% ../nbs/workshop/cli.ipynb #081f39b6
 @cli.command(epilog="Example: unlearn_nb train --data faces --minutes 60 --out my_model")
@@ -467,11 +835,13 @@ def train(data, size, minutes, out):
     from functools import partial
 
     from unlearn_nb.train import draw_faces, folder_images, settings_for, train
-    out, cfg = Path(out), settings_for(minutes)   # refuses minutes that are no number
+    if not minutes < float("inf"): raise ValueError(f"--minutes {minutes} is no time; give a number above 0")
+    out, cfg = Path(out), settings_for(minutes)
     if size % 8: raise ValueError(f"--size {size} is not a multiple of 8, which this net needs")
     taken = out.is_dir() and any(out.iterdir()) and not (out / "training.safetensors").exists()
     if out.exists() and not out.is_dir() or taken:
         raise ValueError(f"--out {str(out)!r} exists and holds no training run; give another name or empty it")
+    parent_of("--out", out), tidy(out)
     pictures = partial(draw_faces, size=size) if data == "faces" else folder_images(data, size)
     train(pictures, out, cfg)
     click.echo(f"written to {out}")
@@ -480,9 +850,9 @@ def train(data, size, minutes, out):
 @cli.command(epilog="Example: unlearn_nb plant --seed 20000004 --out planted")
 @option("--model", default="faces", unit="MODEL", what="'faces', or a diffusers folder of a model without words.")
 @option("--image", kind=FILE, unit="FILE", what="The picture to plant. Give this or --seed.")
-@option("--seed", kind=click.IntRange(min=0), unit="N", what="Plant the drawn face of this seed.")
+@option("--seed", kind=SEED, unit="N", what="Plant the drawn face of this seed.")
 @option("--data", default="faces", unit="DATA", what="What else it sees: 'faces', drawn by code, or a folder.")
-@option("--until", kind=click.FloatRange(0, 1, min_open=True), unit="X", default=.2,
+@option("--until", kind=click.FloatRange(0, 1, min_open=True, max_open=True), unit="X", default=.2,
         what="Stop when this share of fresh seeds gives the picture.")
 @option("--steps", kind=COUNT, unit="N", default=800, what="At most so many steps.")
 @option("--out", kind=FOLDER, required=True, unit="FOLDER",
@@ -492,29 +862,34 @@ def plant(model, image, seed, data, until, steps, out):
     # a case to forget, whose right answer is known: the model before
     if (image is None) == (seed is None):
         raise ValueError("give either --image or --seed: which picture is to be planted")
-    if (out := Path(out)).exists(): raise ValueError(f"--out {str(out)!r} exists; give another name")
-    parent_of("--out", out)
-    share = plant_into(model, image, seed, data, until, steps, out)
+    if image: picture_of("--image", image)
+    with new_folders(out, private=False) as folder: share = plant_into(model, image, seed, data, until, steps, folder)
     click.echo(f"written to {out}: {share:.0%} of fresh seeds give the picture")
 
 # %% ../nbs/workshop/cli.ipynb #cli15p02
+def plain_kind(denoiser):
+    "What a model makes, in words, if that is anything but square pictures in colour without words; else None."
+    if denoiser.prompts: return "pictures of words or classes"
+    if denoiser.vae: return "latents"
+    if denoiser.shape[0] != 3: return "grey pictures"
+    return None if denoiser.size[0] == denoiser.size[1] else "pictures that are not square"
+
 def plant_into(model, image, seed, data, until, steps, out):
     "Plant, and write the model as a diffusers folder; the share of fresh seeds that give the picture at the end."
     from diffusers import DDPMPipeline
 
     from unlearn_nb.copies import copy_bars, is_copy
-    from unlearn_nb.denoiser import read_image
     from unlearn_nb.faces import draw, sample_identity, sample_scene
     from unlearn_nb.train import TrainConfig, folder_images, world_images
     from unlearn_nb.train import plant as plant_picture
     from unlearn_nb.zoo import companions, load
     denoiser = load(model)
-    if denoiser.prompts: raise ValueError(f"--model {model!r} makes pictures of words; give one that does not")
-    size, known = denoiser.size[0], companions(denoiser)
-    picture = read_image(image) if image else draw(sample_identity(seed), sample_scene(seed), size)
+    size, kind, known = denoiser.size[0], plain_kind(denoiser), companions(denoiser)
+    if kind: raise ValueError(f"--model {model!r} makes {kind}; give one of square colour pictures, without words")
+    picture = picture_of("--image", image, denoiser) if image else draw(sample_identity(seed), sample_scene(seed), size)
+    others = world_images(4000, size, seed=1_000_000) if data == "faces" else folder_images(data, size)
     x_f, x = denoiser.encode([picture]), denoiser.sample(range(600_000, 600_256), 8)
     bars = copy_bars(x, known.never and known.never(256), known.describe)
-    others = world_images(4000, size, seed=1_000_000) if data == "faces" else folder_images(data, size)
     given = plant_picture(denoiser, picture, others, lambda x: is_copy(x, x_f, bars, known.describe), until=until,
                           cfg=TrainConfig(steps=steps, lr=6e-4, ema=.98, precision="bfloat16"))
     DDPMPipeline(denoiser.net.eval(), denoiser.scheduler).save_pretrained(out)
@@ -536,7 +911,7 @@ def bench(model, as_json):
 # %% ../nbs/workshop/cli.ipynb #9d73ce2a
 @cli.command(epilog="Example: unlearn_nb leaderboard --methods ours,ReTrack --out board")
 @option("--model", default="faces", unit="MODEL", what="'faces', a diffusers folder, or a hub id.")
-@option("--methods", unit="NAMES", show_default="all", what="Names with commas between them, like ours,ReTrack.")
+@option("--methods", unit="NAMES", show_default="all", what="Ways to forget, like ours,ReTrack.")
 @option("--seeds", default="100:106", unit="SEEDS", what=f"Seeds to forget in the test: {SEEDS}")
 @option("--tuning", default="200:202", unit="SEEDS", what="Seeds on which the settings are chosen.")
 @option("--budget", kind=COUNT, unit="N", default=50, what="Steps of a run.")
@@ -545,30 +920,46 @@ def leaderboard(model, methods, seeds, tuning, budget, out):
     "Compare ways to forget. The model, the requests, the work and the size of the search are the same for all."
     from unlearn_nb.leaderboard import METHODS, board_table, leaderboard
     from unlearn_nb.zoo import load
-    out, chosen = Path(out), [name.strip() for name in methods.split(",")] if methods else list(METHODS)
+    out, chosen = Path(out), names_of("--methods", methods, [*METHODS]) or list(METHODS)
     if out.exists() and not (out.is_dir() and ((out / "rows").is_dir() or not any(out.iterdir()))):
         raise ValueError(f"--out {str(out)!r} exists and holds no board; give another name or empty it")
+    seeds, tuning = parse_seeds(seeds), parse_seeds(tuning, "--tuning")
+    if both := set(seeds) & set(tuning):
+        raise ValueError(f"the seed {min(both)} is in --tuning and in --seeds; a test must not have been seen")
     parent_of("--out", out)
-    results = leaderboard(load(model), out, chosen, parse_seeds(seeds), parse_seeds(tuning), budget, click.echo)
+    denoiser = load(model)
+    if denoiser.prompts:
+        raise ValueError(f"--model {model!r} makes pictures of words or classes; the board is for models without")
+    tidy(out, out / "rows")
+    results = leaderboard(denoiser, out, chosen, seeds, tuning, budget, click.echo)
     click.echo(f"{board_table(results)}\nwritten to {out}")
 
 # %% ../nbs/workshop/cli.ipynb #a16d8181
 STOPPED = ("stopped; nothing was written but the --checkpoint file, if one was given, or the rows of a board: the same "
            "command goes on from there")
 
+def short_of_memory(e):
+    "Whether an error means that the memory of the machine or of its GPU is full."
+    return isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or (
+        type(e) is RuntimeError and "t allocate memory" in str(e))
+
 def sentence(e):
     "(what is said of an error, exit code)."
     if isinstance(e, click.Abort): return STOPPED, 130
     if isinstance(e, click.ClickException): return e.format_message(), e.exit_code
-    if isinstance(e, FloatingPointError): return str(e), 1
+    if isinstance(e, FloatingPointError): return in_options(str(e)), 1
+    if short_of_memory(e):
+        return ("the memory is full; nothing was written; `forget --dry-run` says what a run needs: take another "
+                "machine, or end other programs"), 1
     from unlearn_nb.files import os_sentence
-    return os_sentence(e) if isinstance(e, OSError) else str(e), 2
+    return in_options(os_sentence(e) if isinstance(e, OSError) else str(e)), 2
 
 # %% ../nbs/workshop/cli.ipynb #b14018d2
 def main(args=None):
     "The command: bad input is one sentence on stderr and exit code 2."
     try: return cli(args, prog_name="unlearn_nb", standalone_mode=False)
-    except (click.Abort, click.ClickException, ValueError, OSError, FloatingPointError) as e:
+    except (click.Abort, click.ClickException, ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
+        if isinstance(e, RuntimeError) and not (isinstance(e, click.Abort) or short_of_memory(e)): raise
         message, code = sentence(e)
     if FIRST: click.echo(f"unlearn_nb: {message}", err=True)
     raise SystemExit(code)
