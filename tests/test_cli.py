@@ -502,6 +502,11 @@ forget --model faces --seed 1 --checkpoint {}/o-private --out {}/o | the run its
 forget --model faces --seed 1 --checkpoint {}/text.png --out {}/o | is no checkpoint
 forget --model faces --seed 1 --checkpoint {}/empty --out {}/o | empty
 forget --model faces --seed 1 --dry-run --out {}/full | not an empty folder
+forget --model faces --seed 1 --mask box:1,2,3 --out {}/o | --mask 'box:1,2,3' does not name four numbers
+forget --model faces --seed 1 --mask box:.8,0,.1,1 --out {}/o | covers nothing
+forget --model faces --seed 1 --mask {}/none.png --out {}/o | none.png
+forget --model faces --seed 1 --mask {}/text.png --out {}/o | text.png
+forget --model faces --seed 1 --mask {}/right.png --out {}/o | is dark everywhere
 forget --model flags --seed 1 --surrogate {}/large.png --out {}/o | give --prompt WORDS, or --prompt ""
 forget --model flags --seed 1 --prompt a --class 1 --out {}/o | not both
 forget --model flags --seed 1 --class 1 --out {}/o | give --prompt WORDS

@@ -1,5 +1,5 @@
 "module `figures`: colours that everybody can tell apart, pixels that stay pixels, films, tables."
-from io import BytesIO
+from io import BytesIO, StringIO
 from xml.etree import ElementTree
 
 import IPython
@@ -15,8 +15,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from skimage.color import rgb2lab
 
-from unlearn_nb.figures import (BASE, EDITED, FORGET, RETAIN, SURROGATE, Table, gif, moving, png_bytes, strip, to_image,
-                                use)
+from unlearn_nb.figures import (BASE, EDITED, FORGET, RETAIN, SURROGATE, Lines, Table, gif, moving, png_bytes, progress,
+                                strip, to_image, use)
 
 COLOURS = np.array([to_rgb(c) for c in (FORGET, SURROGATE, RETAIN, BASE, EDITED)])
 BLIND = {   # Machado, Oliveira and Fernandes 2009, severity 1, in linear light
@@ -136,3 +136,21 @@ def test_a_table_says_the_same_in_a_terminal_and_in_a_notebook():
     sides = [cell.get('style').removeprefix('text-align:') for cell in html.find('tbody')[0]]
     assert sides == ['left', 'right', 'right', 'right']
     assert repr(Table(['a', 'bc'], [])) == 'a  bc' and 'caption' not in Table(['a'], [])._repr_html_()
+
+
+def test_a_pipe_gets_plain_lines(capsys):
+    "One for each tenth, none for what is soon done, none at all where diffusers is told to be quiet."
+    from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
+    out = StringIO()
+    lines = Lines(range(50), 'x', file=out, miniters=5, mininterval=0, bar_format='{desc}: {n_fmt}/{total_fmt}{postfix}')
+    for k in lines: lines.set_postfix_str(str(k), refresh=False)
+    said = out.getvalue()
+    assert '\r' not in said and [line.split(',')[0] for line in said.splitlines()] == [f'x: {k}/50' for k in range(5, 51, 5)]
+    made = progress(range(50), 'x')
+    assert isinstance(made, Lines) and made.miniters == 5 and list(made) == list(range(50))
+    open_end = progress(name='x')
+    open_end.update(), open_end.close()
+    disable_progress_bar()
+    try: assert progress(range(5)).disable
+    finally: enable_progress_bar()
+    assert progress(range(5), disable=True).disable and capsys.readouterr().err == ''

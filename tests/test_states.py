@@ -265,6 +265,10 @@ def test_what_was_forgotten_before_must_stay_so():
     assert [share for share, _ in still_forgotten(model, requests[:1] * 3)] == [3]
     half = still_forgotten(model, requests, path_share=.5, steps=4)   # as the forget states were drawn
     assert [share for share, _ in half] == [.5, 1.5] and len(half[1][1].x0) == 2
+    asked = [replace(request_of(model, k), steps=n) for k, n in ((5, 6), (7, 3), (9, None), (8, 6))]
+    each = still_forgotten(model, asked, steps=4)   # in the steps that give its picture
+    assert [(share, len(part.timesteps), len(part.x0)) for share, part in each] == [(1, 3, 2), (1, 4, 2), (2, 6, 4)]
+    assert_close(each[2][1].x0[:1], model.sample([5], 6), **CLOSE)
 
 
 def changed(model, by=.05):

@@ -185,7 +185,6 @@ def words_of(denoiser, prompt=None, number=None):
 # %% ../nbs/workshop/cli.ipynb #cl17said
 SAID = (   # what a module says in the words of Python: what the command says instead
     ("leave the prompt out", "leave --prompt out"),
-    ('give prompt="...", or prompt="" for no words', 'give --prompt WORDS, or --prompt "" for no words'),
     ("load the base that it was made for", "give that base as --model"),
     ("this hotfix is already applied; remove it first", "a --hotfix is given twice; give each once"),
     ("is a tuning seed and a test seed", "is in --tuning and in --seeds"),
@@ -193,6 +192,7 @@ SAID = (   # what a module says in the words of Python: what the command says in
     ("and another checkpoint", "and another --checkpoint"),
     ("give more steps or a larger share", "give more --steps or a lower --until"),
     ("give others as retain", "give other words with --keep, if it is a model with words"),
+    ("the mask '", "--mask '"),
     ("keep it with a mask", "keep it with --mask"),
     ("to forget; let the edit cover more, or take another seed", "to forget; let --mask cover more, or give another "
      "--surrogate"),
@@ -280,13 +280,11 @@ def request_of(denoiser, cfg, describe, asked, prompt, mask):
     "The `Request` of what was asked for on the command line; what speaks against its surrogate is noted."
     from unlearn_nb import surrogates
     from unlearn_nb.states import Request
-    seed, steps, told = asked["seed"], cfg.sampling_steps, {} if prompt is None else {"prompt": prompt}
+    seed, steps = asked["seed"], cfg.sampling_steps
     if asked["image"]: x_f = picture_of("--image", asked["image"], denoiser)
     else: x_f = denoiser.decode(denoiser.sample([seed], steps, prompt=prompt))[0]
     if asked["surrogate"]: x_s = picture_of("--surrogate", asked["surrogate"], denoiser)
-    elif denoiser.prompts and "prompt" not in surrogates.propose.__kwdefaults__:
-        raise ValueError("this model makes pictures of words, and repaints none of them; give --surrogate")
-    else: x_s = surrogates.propose(denoiser, x_f, mask=mask, steps=steps, **told)
+    else: x_s = surrogates.propose(denoiser, x_f, mask=mask, steps=steps, prompt=prompt, describe=describe)
     if x_s.convert("RGB").tobytes() == x_f.convert("RGB").tobytes():
         raise ValueError("the surrogate is the picture to forget; give another --surrogate")
     for warning in surrogates.check(x_f, x_s, mask=mask, describe=describe).warnings:
@@ -358,15 +356,14 @@ class Run:
 def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=None, keep=(), mask=None, folders=(),
            receipts=(), **settings):
     "The `Run` that was asked for. ValueError, in the words of the options, for what cannot be; nothing is computed."
+    from unlearn_nb.surrogates import parse_mask
     for option, file in (("--image", image), ("--surrogate", surrogate)): file and picture_of(option, file)
     denoiser, earlier = with_hotfixes(model, folders, receipts)
     prompt, prompts = words_of(denoiser, prompt, number), keep_of(denoiser, keep)
     for option, file in (("--image", image), ("--surrogate", surrogate)):
         if file: picture_of(option, file, denoiser)
     cfg = config_of(denoiser, {k: v for k, v in settings.items() if v is not None})
-    if mask:
-        from unlearn_nb.surrogates import parse_mask
-        mask = parse_mask(mask, denoiser.size)
+    mask = None if mask is None else parse_mask(mask, denoiser.size)
     return Run(denoiser, cfg, descriptor(denoiser), prompt, prompts, mask, earlier)
 
 # %% ../nbs/workshop/cli.ipynb #8aff5056
@@ -527,11 +524,20 @@ def say_plan(run, asked, places, checkpoint, cache):
     raise SystemExit(1)
 
 # %% ../nbs/workshop/cli.ipynb #eebe888f
+class Seed(click.ParamType):
+    "A seed as an option takes it."
+    name = "seed"
+
+    def convert(self, value, param, ctx):
+        try: seed = int(value)
+        except ValueError: seed = -1
+        if 0 <= seed < 2 ** 63: return seed
+        self.fail(f"{value!r} is no seed; give a whole number of 0 or more")
+
 HELP = {"help_option_names": ["-h", "--help"]}
 FOLDER, FILE, COUNT = click.Path(), click.Path(dir_okay=False), click.IntRange(min=1)
+SEED, CLASS = Seed(), click.IntRange(min=0)
 MODELS = "'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256."
-CLASS = click.IntRange(min=0)
-SEED = click.IntRange(0, 2 ** 63 - 1)
 OUT = "A new folder for what may be given away; what must be kept goes to FOLDER-private."
 SEEDS = "a range like 0:16, which is 0 to 15, or a list like 3,5,8."
 
@@ -543,7 +549,12 @@ def option(*names, what, kind=None, unit=None, **kw):
 # %% ../nbs/workshop/cli.ipynb #34b92100
 @click.group(context_settings=HELP, epilog="Begin with `unlearn_nb demo`; each command has a --help of its own.")
 @click.version_option(package_name="unlearn_nb")
-def cli(): "Make a diffusion model forget one picture that no prompt can name, and keep everything else."
+def cli():
+    """Make a diffusion model forget one picture that no prompt can name, and keep everything else.
+
+    A seed is a number from which a model makes a picture. A surrogate is what it is to give in the place of the picture
+    that must go. A hotfix is the change of its weights as a folder of files; with it comes a receipt, which proves what
+    it is about, and stays private."""
 
 @cli.command(epilog="Example: unlearn_nb demo --seed 7 --out seven")
 @option("--seed", kind=SEED, unit="N", default=100,
@@ -578,7 +589,7 @@ def asked_for(f):
 @cli.command(epilog="Example: unlearn_nb forget --model faces --seed 7 --out seven")
 @asked_for
 @option("--out", kind=FOLDER, required=True, unit="FOLDER", what=OUT)
-@option("--keep", multiple=True, unit="WORDS", show_default="of no words; for 'flags', of every flag",
+@option("--keep", multiple=True, unit="WORDS", show_default="of no words; of 'flags', all flags; of classes, all",
         what="Pictures of these words must stay, beside those of --prompt. May be given several times.")
 @option("--steps", kind=COUNT, unit="N", show_default="50; of a model with words 60",
         what="Updates of the weights.")

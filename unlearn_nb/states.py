@@ -417,17 +417,19 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
 def still_forgotten(denoiser, earlier, *, path_share=1., t_min=0, t_max=550, steps=25):
     """What keeps `earlier` requests forgotten, whose hotfixes are on the model: a list of (share, `States`).
 
-    The paths that it now takes from their seeds and copies, as of `own_paths`, with its own beliefs as goals, moved by
-    what is left of the way to the surrogate (at timesteps from t_min on). Of requests without a seed, and for a share
-    1 - path_share of the others, what it now believes of the image, noised to timesteps below t_max."""
+    The paths that it now takes from their seeds and copies, as of `own_paths`, each in the steps of its request (steps:
+    of those that name none), with its own beliefs as goals, moved by what is left of the way to the surrogate (at
+    timesteps from t_min on). Of requests without a seed, and for a share 1 - path_share of the others, what it now
+    believes of the image, noised to timesteps below t_max."""
     parts, known = [], [r for r in earlier if r.seed is not None or r.copies]
-    if known:
-        z, goals, cond = beginnings(denoiser, known, denoiser.encode([r.surrogate for r in known]), steps)
-        now = from_noise(denoiser, z, steps, cond)
+    for n in sorted({r.steps or steps for r in known}):
+        some = [r for r in known if (r.steps or steps) == n]
+        z, goals, cond = beginnings(denoiser, some, denoiser.encode([r.surrogate for r in some]), n)
+        now = from_noise(denoiser, z, n, cond)
         late = now.timesteps >= denoiser.of_thousand(t_min)
         left = (goals - now.x0)[:, None] * late.view(1, -1, 1, 1, 1)
         def moved(v): return v if v is None else v + left.to(v)
-        parts.append((path_share * len(known), replace(now, goal=moved(now.goal), uncond=moved(now.uncond))))
+        parts.append((path_share * len(some), replace(now, goal=moved(now.goal), uncond=moved(now.uncond))))
     if rest := [r for r in earlier if path_share < 1 or r not in known]:
         x_f = denoiser.encode([r.image for r in rest])
         noisy = noised(denoiser, x_f, 25, denoiser.of_thousand(t_max), prompt=prompts_of(denoiser, rest))

@@ -26,10 +26,10 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import nn
-from tqdm.auto import tqdm
 
 from .denoiser import Denoiser, read_image
 from .faces import FaceDescriptor, Identity, draw, sample_identity, sample_scene, vary
+from .figures import progress
 from .files import write
 from .schedule import step_generator, stratified
 
@@ -43,7 +43,7 @@ def draw_faces(seeds, size):
 
 def world_images(n, size, seed=0):
     "n drawn faces, those of the seeds seed ... seed + n - 1: uint8 [n, 3, size, size]."
-    return draw_faces(tqdm(range(seed, seed + n), "draw faces", leave=False), size)
+    return draw_faces(progress(range(seed, seed + n), "draw faces", leave=False), size)
 
 # %% ../nbs/workshop/train.ipynb #tr000001
 def is_picture(file):
@@ -66,9 +66,9 @@ def folder_images(folder, size):
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; give a folder with images, or 'faces'")
     files, squares = sorted(p for p in Path(folder).rglob("*") if is_picture(p)), []
-    for file in tqdm(files, "read images", leave=False, disable=not files):
+    for file in progress(files, "read images", leave=False, disable=not files):
         try: squares.append(middle_square(read_image(file), size))
-        except ValueError as e: tqdm.write(f"left out: {e}", file=sys.stderr)
+        except ValueError as e: print(f"left out: {e}", file=sys.stderr)
     if not squares:
         raise ValueError(f"no PNG, JPEG or WebP image that can be read in {str(folder)!r}; "
                          "give a folder with images, or 'faces'")
@@ -210,7 +210,7 @@ def training_steps(run, net, loss, opt, ema, cfg, step, elapsed):
     objective, opt = run.prepare(Objective(net, loss, cfg.precision), opt)
     world, rank, share = run.num_processes, run.process_index, cfg.batch // run.num_processes
     means, weights = list(ema.values()), list(net.state_dict().values())
-    bar = tqdm(total=cfg.steps, initial=step, desc="train", disable=not run.is_main_process)
+    bar = progress(name="train", total=cfg.steps, initial=step, disable=not run.is_main_process)
     last = saved = time.monotonic()
     while (done := share_done(cfg, step, elapsed)) < 1:
         g = step_generator(cfg.seed * world, step * world + rank)
@@ -387,7 +387,7 @@ def trailing_steps(denoiser, batch, cfg):
     pupil.net = copy.deepcopy(denoiser.net).train()
     opt = optimiser(pupil.net, cfg)
     means, weights = (list(net.state_dict().values()) for net in (denoiser.net, pupil.net))
-    for step in tqdm(range(cfg.steps), "plant", leave=False):
+    for step in progress(range(cfg.steps), "plant", leave=False):
         g = step_generator(cfg.seed, step)
         x, *cond = batch(g)
         for group in opt.param_groups: group["lr"] = cfg.lr * min(1, (step + 1) / 50)
@@ -433,7 +433,7 @@ def couple_images(n, scenes=4, seed=0):
     The two of a couple are in the same `scenes` scenes; couple k has the seed seed + k, and its trait is that of the
     place (seed + k) % 19 among the fields of `Identity`."""
     traits, x = list(Identity.__dataclass_fields__), []
-    for k in tqdm(range(seed, seed + n), "draw couples", leave=False):
+    for k in progress(range(seed, seed + n), "draw couples", leave=False):
         one = sample_identity(k)
         twin = vary(one, traits[k % len(traits)])
         places = [sample_scene(k * scenes + j) for j in range(scenes)]
@@ -470,7 +470,7 @@ def train_descriptor(data, steps=1500, couples=48, lr=2e-3, seed=0):
         net = FaceDescriptor()
     opt = torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(opt, lr, total_steps=steps)
-    for step in (bar := tqdm(range(steps), "train descriptor")):
+    for step in (bar := progress(range(steps), "train descriptor")):
         x = couple_batch(data, couples, step_generator(seed, step))
         d = net(x.flatten(0, 1)).view(len(x), 2, -1)
         loss = (contrastive_loss(d[:, 0], d[:, 1]) + contrastive_loss(d[:, 1], d[:, 0])) / 2

@@ -17,14 +17,13 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from accelerate.utils import reduce
-from diffusers.utils.logging import is_progress_bar_enabled
 from torch import autograd
-from tqdm.auto import tqdm
 
 from . import surgery, weights
 from .checkpoint import load_checkpoint, run_identity, save_checkpoint
 from .copies import check_descriptor, strangers
 from .denoiser import Denoiser, max_batch, patch
+from .figures import progress
 from .hotfix import Hotfix, card
 from .parametrization import parametrize
 from .schedule import Flow, step_generator
@@ -286,8 +285,7 @@ def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     if checkpoint: first, log = load_checkpoint(checkpoint, identity, problem.parametrization, opt, step_gradient)
     problem.known[:] = next((seen["known"] for seen in reversed(log) if "known" in seen), [])
     if pool and first > again: keep_too(problem, pool, log[again - 1]["moved"])
-    quiet = not (main and is_progress_bar_enabled())
-    bar = tqdm(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=quiet)
+    bar = progress(range(first, cfg.steps), "unlearn", initial=first, total=cfg.steps, disable=not main)
     for step in bar:
         if judge and step in (again, once_more):
             problem.known[:] = log[-1]["known"] = still_known(problem, judge)
