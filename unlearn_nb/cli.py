@@ -150,21 +150,19 @@ def parse_seeds(text, option="--seeds"):
     try:
         if ":" in text:
             a, b = map(int, text.split(":"))
-            seeds = range(a, b)
-        else: seeds = [int(v) for v in text.split(",")]
+            n, seeds = b - a, list(range(a, min(b, a + MOST)))
+        else: n, seeds = text.count(",") + 1, [int(v) for v in text.split(",")]
     except ValueError: seeds = []
-    if not len(seeds) or not 0 <= min(seeds) <= max(seeds) < 2 ** 63:
+    if not seeds or not 0 <= min(seeds) <= max(seeds) < 2 ** 63:
         raise ValueError(f"{option} {text!r} is not a range like 0:16 or a list like 3,5,8 of seeds of 0 or more")
-    if len(seeds) > MOST: raise ValueError(f"{option} {text!r} are {len(seeds)} seeds; give {MOST} at most")
-    if twice := [k for k in seeds if list(seeds).count(k) > 1] if isinstance(seeds, list) else []:
-        raise ValueError(f"{option} {text!r} names the seed {twice[0]} twice; give each once")
-    return list(seeds)
+    if n > MOST: raise ValueError(f"{option} {text!r} are {n} seeds; give {MOST} at most")
+    if len(set(seeds)) < n: raise ValueError(f"{option} {text!r} names a seed twice; give each once")
+    return seeds
 
 # %% ../nbs/workshop/cli.ipynb #cl17word
 def words_of(denoiser, prompt=None, number=None):
     "The prompt that --prompt or --class asks for; None of a model without words. ValueError for what does not fit it."
-    others = getattr(denoiser, "others", ("",))
-    classes = others if denoiser.prompts and others != ("",) else ()
+    classes = denoiser.others if denoiser.prompts and denoiser.others != ("",) else ()
     given = "--prompt" if prompt is not None else "--class" if number is not None else None
     if prompt is not None and number is not None: raise ValueError("give --prompt or --class, not both")
     if not denoiser.prompts:
@@ -537,7 +535,8 @@ class Seed(click.ParamType):
 HELP = {"help_option_names": ["-h", "--help"]}
 FOLDER, FILE, COUNT = click.Path(), click.Path(dir_okay=False), click.IntRange(min=1)
 SEED, CLASS = Seed(), click.IntRange(min=0)
-MODELS = "'faces', 'flags', a diffusers folder, or a hub id such as google/ddpm-celebahq-256."
+MODELS = ("'faces', 'flags', a diffusers folder, a .safetensors file of Stable Diffusion, or a hub id such as "
+          "google/ddpm-celebahq-256.")
 OUT = "A new folder for what may be given away; what must be kept goes to FOLDER-private."
 SEEDS = "a range like 0:16, which is 0 to 15, or a list like 3,5,8."
 
