@@ -375,7 +375,8 @@ def test_a_dry_run_counts_what_a_run_does(model, tmp_path, monkeypatch):
     counted, load = [], zoo.load
     def counting(*args, **kw):
         d = load(*args, **kw)
-        d.net.register_forward_hook(lambda net, args, out: counted.append(0 if torch.is_grad_enabled() else len(args[0])))
+        def count(net, args, out): counted.append(0 if torch.is_grad_enabled() else len(args[0]))
+        d.net.register_forward_hook(count)
         return d
     said = sampled_rows(run_of(model=str(model), seed=5, sampling_steps=10), dict(seed=5, image=None, surrogate=None))
     monkeypatch.setattr(zoo, "load", counting)
@@ -502,7 +503,9 @@ forget --model faces --seed 1 --checkpoint {}/o-private --out {}/o | the run its
 forget --model faces --seed 1 --checkpoint {}/text.png --out {}/o | is no checkpoint
 forget --model faces --seed 1 --checkpoint {}/empty --out {}/o | empty
 forget --model faces --seed 1 --dry-run --out {}/full | not an empty folder
-forget --model faces --seed 1 --mask box:1,2,3 --out {}/o | --mask 'box:1,2,3' does not name four numbers
+forget --model faces --seed 1 --descriptor eyes --out {}/o | 'eyes'
+forget --model faces --seed 1 --descriptor sscd:{}/none --out {}/o | none
+forget --model faces --seed 1 --mask box:1,2,3 --out {}/o | mask 'box:1,2,3' does not name four numbers
 forget --model faces --seed 1 --mask box:.8,0,.1,1 --out {}/o | covers nothing
 forget --model faces --seed 1 --mask {}/none.png --out {}/o | none.png
 forget --model faces --seed 1 --mask {}/text.png --out {}/o | text.png

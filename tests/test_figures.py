@@ -142,10 +142,12 @@ def test_a_pipe_gets_plain_lines(capsys):
     "One for each tenth, none for what is soon done, none at all where diffusers is told to be quiet."
     from diffusers.utils.logging import disable_progress_bar, enable_progress_bar
     out = StringIO()
-    lines = Lines(range(50), 'x', file=out, miniters=5, mininterval=0, bar_format='{desc}: {n_fmt}/{total_fmt}{postfix}')
+    how = dict(miniters=5, mininterval=0, bar_format='{desc}: {n_fmt}/{total_fmt}{postfix}')
+    lines = Lines(range(50), 'x', file=out, **how)
     for k in lines: lines.set_postfix_str(str(k), refresh=False)
     said = out.getvalue()
-    assert '\r' not in said and [line.split(',')[0] for line in said.splitlines()] == [f'x: {k}/50' for k in range(5, 51, 5)]
+    assert '\r' not in said
+    assert [line.split(',')[0] for line in said.splitlines()] == [f'x: {k}/50' for k in range(5, 51, 5)]
     made = progress(range(50), 'x')
     assert isinstance(made, Lines) and made.miniters == 5 and list(made) == list(range(50))
     open_end = progress(name='x')

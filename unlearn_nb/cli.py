@@ -184,13 +184,10 @@ def words_of(denoiser, prompt=None, number=None):
 SAID = (   # what a module says in the words of Python: what the command says instead
     ("leave the prompt out", "leave --prompt out"),
     ("load the base that it was made for", "give that base as --model"),
-    ("this hotfix is already applied; remove it first", "a --hotfix is given twice; give each once"),
-    ("is a tuning seed and a test seed", "is in --tuning and in --seeds"),
     ("start anew with a smaller lr than", "start anew with a smaller --lr than"),
     ("and another checkpoint", "and another --checkpoint"),
     ("give more steps or a larger share", "give more --steps or a lower --until"),
     ("give others as retain", "give other words with --keep, if it is a model with words"),
-    ("the mask '", "--mask '"),
     ("keep it with a mask", "keep it with --mask"),
     ("to forget; let the edit cover more, or take another seed", "to forget; let --mask cover more, or give another "
      "--surrogate"),
@@ -352,7 +349,7 @@ class Run:
     earlier: list         # requests of the hotfixes that are on
 
 def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=None, keep=(), mask=None, folders=(),
-           receipts=(), **settings):
+           receipts=(), named=None, **settings):
     "The `Run` that was asked for. ValueError, in the words of the options, for what cannot be; nothing is computed."
     from unlearn_nb.surrogates import parse_mask
     for option, file in (("--image", image), ("--surrogate", surrogate)): file and picture_of(option, file)
@@ -362,7 +359,7 @@ def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=Non
         if file: picture_of(option, file, denoiser)
     cfg = config_of(denoiser, {k: v for k, v in settings.items() if v is not None})
     mask = None if mask is None else parse_mask(mask, denoiser.size)
-    return Run(denoiser, cfg, descriptor(denoiser), prompt, prompts, mask, earlier)
+    return Run(denoiser, cfg, descriptor(denoiser, named), prompt, prompts, mask, earlier)
 
 # %% ../nbs/workshop/cli.ipynb #8aff5056
 def forget_one(*, out="unlearn_demo", checkpoint=None, cache=None, dry_run=False, **asked):
@@ -538,6 +535,9 @@ SEED, CLASS = Seed(), click.IntRange(min=0)
 MODELS = ("'faces', 'flags', a diffusers folder, a .safetensors file of Stable Diffusion, or a hub id such as "
           "google/ddpm-celebahq-256.")
 OUT = "A new folder for what may be given away; what must be kept goes to FOLDER-private."
+COMPARED = ("By what pictures are compared: own, the features of the model; sscd or sscd:FILE; "
+            "arcface:FILE:SHA256, for photographs of faces.")
+DESCRIPTOR = "what was made for a built-in model, else own"
 SEEDS = "a range like 0:16, which is 0 to 15, or a list like 3,5,8."
 
 def option(*names, what, kind=None, unit=None, **kw):
@@ -605,6 +605,7 @@ def asked_for(f):
         what="Keep the state of the run here: after a stop, the same command goes on from there.")
 @option("--cache", kind=click.Path(file_okay=False), unit="FOLDER",
         what="Keep pictures of the model here, for the next request to the same model.")
+@option("--descriptor", "named", unit="NAME", show_default=DESCRIPTOR, what=COMPARED)
 @option("--dry-run", is_flag=True, show_default=False,
         what="Write nothing; say what would be done, how long it takes, and whether it fits (exit code 1: no).")
 def forget(**asked):
@@ -645,7 +646,7 @@ def verify(hotfix, receipt, model):
     if not all(proved): raise SystemExit(1)
 
 # %% ../nbs/workshop/cli.ipynb #cli15006
-def audited(denoiser, fix, requests, attacks, quick):
+def audited(denoiser, fix, requests, attacks, quick, describe):
     "The audit of each request, as one: {attacks, verdict}; says which attack is at work."
     from functools import partial
 
@@ -657,7 +658,7 @@ def audited(denoiser, fix, requests, attacks, quick):
     for k, request in enumerate(requests, 1):
         if several: click.echo(f"request {k}")
         controls = never and partial(never, prompt=request.prompt)
-        found = audit(denoiser, fix, request, controls, descriptor(denoiser), attacks, quick, watch)
+        found = audit(denoiser, fix, request, controls, describe, attacks, quick, watch)
         of = f" (request {k})" if several else ""
         rows += [row | {"name": row["name"] + of} for row in found["attacks"]]
         verdicts.append(found["verdict"] + of)
@@ -729,7 +730,8 @@ def base_of(fix, folder, model):
 @option("--attacks", unit="NAMES", show_default="all", what="Ways to bring the picture back, like A1,A14c.")
 @option("--quick", is_flag=True, show_default=False, what="Only the quick ones: some minutes instead of half an hour.")
 @option("--model", unit="MODEL", show_default="the one named on the card", what=f"The base: {MODELS}")
-def audit(hotfix, receipt, attacks, quick, model):
+@option("--descriptor", "named", unit="NAME", show_default=DESCRIPTOR, what=COMPARED)
+def audit(hotfix, receipt, attacks, quick, model, named):
     "Try to bring the picture back, and to read it from the file. Fills the reports."
     from unlearn_nb.audit import figure, table
     from unlearn_nb.hotfix import check_base, private_folder, read_receipt, verify
@@ -743,7 +745,7 @@ def audit(hotfix, receipt, attacks, quick, model):
     check_base(denoiser, fix.card["base"])
     if fix.card.get("on"): note("this hotfix was made on top of others, which are not on here")
     tidy(hotfix, private)
-    result = audited(denoiser, fix, kept.requests, names, quick)
+    result = audited(denoiser, fix, kept.requests, names, quick, descriptor(denoiser, named))
     add_audit(Path(hotfix), private, result, figure(result))
     click.echo(f"\n{table(result)}\n\nwritten to {private}: audit.png and reports; a word per attack to {hotfix}")
 
