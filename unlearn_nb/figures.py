@@ -35,10 +35,10 @@ def use():
 
 # %% ../nbs/workshop/figures.ipynb #2881ee39
 def picture(x):
-    "A picture [3, H, W] in [-1, 1] as PIL; PIL as it is."
+    "A picture [3, H, W], or grey [1, H, W], in [-1, 1] as PIL; PIL as it is."
     if not hasattr(x, "clamp"): return x.convert("RGB")
     bytes_ = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
-    return Image.fromarray(bytes_.permute(1, 2, 0).numpy())
+    return Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).numpy())
 
 def strip(rows, titles=(), labels=(), zoom=3, frames=None):
     """Rows of pictures as one PIL picture, each pixel zoom pixels wide.

@@ -486,7 +486,7 @@ def evidence(report):
 # %% ../nbs/12_report.ipynb #8f4230c1
 def put(denoiser, ax, x, colour, title=""):
     "A clean image [C, H, W] in an axes, in a frame of that colour."
-    ax.imshow(denoiser.decode(x[None])[0], interpolation="nearest")
+    ax.imshow(denoiser.decode(x[None])[0].convert("RGB"), interpolation="nearest")
     ax.set_title(title, fontsize=9)
     ax.set(xticks=[], yticks=[])
     ax.spines[:].set(color=colour, linewidth=3, visible=True)

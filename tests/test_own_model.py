@@ -1,0 +1,52 @@
+"The pictures and models of tutorial 02: whole, small, with their licences, and such as stock diffusers opens."
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+from diffusers import DDPMPipeline
+from PIL import Image
+
+from conftest import ROOT
+from unlearn_nb.figures import strip
+from unlearn_nb.report import put
+from unlearn_nb.train import settings_for
+from unlearn_nb.zoo import load
+
+OWN = ROOT/'nbs'/'tutorials'/'own'
+
+
+def test_all_have_a_licence_and_are_small():
+    named = (OWN/'LICENCES.txt').read_text(encoding='utf-8')
+    assert {p.name for p in OWN.iterdir()} == {'LICENCES.txt', 'digits.png', 'emoji.png', 'digits_model', 'emoji_model'}
+    assert all(p.name in named for p in OWN.iterdir() if p.suffix != '.txt')
+    sizes = [p.stat().st_size for p in OWN.rglob('*') if p.is_file()]
+    assert max(sizes) < 2e6 and sum(sizes) < 4.2e6
+
+
+def test_the_sheets_hold_what_they_say():
+    digits, emoji = (Image.open(OWN/f'{name}.png') for name in ('digits', 'emoji'))
+    assert (digits.mode, digits.size, emoji.mode, emoji.size) == ('L', (480, 240), 'RGBA', (512, 320))
+    assert min(emoji.getchannel('A').getextrema()) == 0 and all('Noto' in v or 'Recognition' in v for v in
+                                                                (emoji.info['Source'], digits.info['Source']))
+    datasets = pytest.importorskip('sklearn.datasets')
+    cells = np.asarray(digits).reshape(30, 8, 60, 8).swapaxes(1, 2).reshape(-1, 8, 8)[:1797]
+    assert np.array_equal((datasets.load_digits().images*15.9375).round(), cells)
+
+
+@pytest.mark.parametrize('name, shape', (('digits', (1, 16, 16)), ('emoji', (3, 32, 32))))
+def test_the_models_are_what_train_makes_and_stock_diffusers_opens(name, shape):
+    d, pipe = load(OWN/f'{name}_model', device='cpu'), DDPMPipeline.from_pretrained(OWN/f'{name}_model')
+    assert d.shape == shape == (pipe.unet.config.in_channels, *d.shape[1:])
+    assert tuple(pipe.unet.config.block_out_channels) == settings_for(1.).channels
+    x = d.sample([3], 25)
+    assert x.isfinite().all() and x.std() > .3
+
+
+def test_grey_pictures_are_drawn_grey():
+    "By `strip`, and in a report."
+    d = load(OWN/'digits_model', device='cpu')
+    x = d.sample([3], 2)
+    image, (fig, ax) = np.asarray(strip([x])).astype(int), plt.subplots()
+    put(d, ax, x[0], 'red')
+    for seen in (image, np.asarray(ax.images[0].get_array()).astype(int)):
+        assert seen.shape[-1] == 3 and (np.ptp(seen, -1) == 0).all() and np.ptp(seen) > 100
+    plt.close(fig)
