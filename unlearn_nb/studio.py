@@ -274,7 +274,7 @@ def classes(self):
 
 @property
 def descriptor_used(self):
-    "What pictures are compared by: of a built-in model its own descriptor, of others their own features, made once."
+    "What pictures are compared by: of a built-in model its own descriptor, of others their features, made once."
     if self.used is None:
         n = 0 if companions(self.model).describe else max(64, 4 * max_batch(self.model, 64))
         self.clock.begin("what pictures are compared by", 8 * n)   # in 8 steps each
@@ -792,7 +792,9 @@ def picture_tab(view):
     centred = W.Layout(align_items="center", margin="0 4px 4px 0")
     choices = [view.button(f"forget {seed}", partial(choose, k), lost=s.unsaved, layout=W.Layout(width="112px"))
                for k, seed in enumerate(s.seeds)]
-    faces = [W.VBox([view.show(partial(face, k), 96), b], layout=centred) for k, b in enumerate(choices)]
+    images = [view.show(partial(face, k), 96) for k in range(len(choices))]
+    for image in images: image.layout.width, image.layout.align_self = "96px", "center"   # those of 64 pixels, too
+    faces = [W.VBox(pair, layout=centred) for pair in zip(images, choices)]
     def words_change(): return s.unsaved() if field.value.strip() not in ("", s.prompt or "") else None
     more = view.button("show others", lambda: further(len(s.seeds)), True, words_change, icon="refresh")
     return [field, view.words(name), wrapped(*faces, max_width="490px"), more,
@@ -982,8 +984,7 @@ def judge_words(s):
     "Make the report, and say what it says."
     s.judge()
     then = "apply the hotfix, or save it (5 result)"
-    if not s.evidence["passed"]:
-        then = "a nearer surrogate (3) or more steps (4) may do better; this hotfix is kept (5)"
+    if not s.evidence["passed"]: then = "a nearer surrogate (3) or more steps (4) may help; this hotfix is kept (5)"
     return f"{s.evidence['said']}; {then}"
 
 # %% ../nbs/workshop/studio.ipynb #581bd974
