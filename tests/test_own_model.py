@@ -6,6 +6,7 @@ from diffusers import DDPMPipeline
 from PIL import Image
 
 from conftest import ROOT
+from unlearn_nb.cli import main
 from unlearn_nb.figures import strip
 from unlearn_nb.report import put
 from unlearn_nb.train import settings_for
@@ -50,3 +51,13 @@ def test_grey_pictures_are_drawn_grey():
     for seen in (image, np.asarray(ax.images[0].get_array()).astype(int)):
         assert seen.shape[-1] == 3 and (np.ptp(seen, -1) == 0).all() and np.ptp(seen) > 100
     plt.close(fig)
+
+
+def test_into_a_grey_model_only_grey_pictures_are_planted(tmp_path, capsys):
+    command = ['plant', '--model', str(OWN/'digits_model'), '--out', str(tmp_path/'out'), '--steps', '1']
+    (tmp_path/'red').mkdir()
+    Image.new('RGB', (16, 16), 'red').save(tmp_path/'red'/'a.png')
+    for data, said in (('faces', 'makes grey pictures; give a folder of grey ones with --data'),
+                       (str(tmp_path/'red'), 'the other pictures are in colour, but this model makes grey ones')):
+        with pytest.raises(SystemExit) as e: main([*command, '--image', str(tmp_path/'red'/'a.png'), '--data', data])
+        assert e.value.code == 2 and said in capsys.readouterr().err and not (tmp_path/'out').exists()

@@ -880,10 +880,9 @@ def plant(model, image, seed, data, until, steps, out):
 
 # %% ../nbs/workshop/cli.ipynb #cli15p02
 def plain_kind(denoiser):
-    "What a model makes, in words, if that is anything but square pictures in colour without words; else None."
+    "What a model makes, in words, if that is anything but square pictures without words; else None."
     if denoiser.prompts: return "pictures of words or classes"
     if denoiser.vae: return "latents"
-    if denoiser.shape[0] != 3: return "grey pictures"
     return None if denoiser.size[0] == denoiser.size[1] else "pictures that are not square"
 
 def plant_into(model, image, seed, data, until, steps, out):
@@ -897,12 +896,15 @@ def plant_into(model, image, seed, data, until, steps, out):
     from unlearn_nb.zoo import companions, load
     denoiser = load(model)
     size, kind, known = denoiser.size[0], plain_kind(denoiser), companions(denoiser)
-    if kind: raise ValueError(f"--model {model!r} makes {kind}; give one of square colour pictures, without words")
+    if kind: raise ValueError(f"--model {model!r} makes {kind}; give one of square pictures, without words")
+    if denoiser.grey and data == "faces":
+        raise ValueError(f"--model {model!r} makes grey pictures; give a folder of grey ones with --data")
     picture = picture_of("--image", image, denoiser) if image else draw(sample_identity(seed), sample_scene(seed), size)
     others = world_images(4000, size, seed=1_000_000) if data == "faces" else folder_images(data, size)
     x_f, x = denoiser.encode([picture]), denoiser.sample(range(600_000, 600_256), 8)
-    bars = copy_bars(x, known.never and known.never(256), known.describe)
-    given = plant_picture(denoiser, picture, others, lambda x: is_copy(x, x_f, bars, known.describe), until=until,
+    x_f, x, describe = denoiser.pixels(x_f), denoiser.pixels(x), descriptor(denoiser)
+    bars = copy_bars(x, known.never and known.never(256), describe)
+    given = plant_picture(denoiser, picture, others, lambda x: is_copy(x, x_f, bars, describe), until=until,
                           cfg=TrainConfig(steps=steps, lr=6e-4, ema=.98, precision="bfloat16"))
     DDPMPipeline(denoiser.net.eval(), denoiser.scheduler).save_pretrained(out)
     return max(given.values())
