@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler, UNet2DModel
+from diffusers.configuration_utils import FrozenDict
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, inject_adapter_in_model
@@ -565,7 +566,7 @@ class Best(nn.Module):
     def __init__(self, mean, cov, side, abar):
         super().__init__()
         self.mean, self.abar = mean.double(), abar.double()
-        self.config = SimpleNamespace(in_channels=1, out_channels=1, sample_size=side)
+        self.config = FrozenDict(in_channels=1, out_channels=1, sample_size=side)
         self.values, self.vectors = torch.linalg.eigh(cov.double())
 
     def forward(self, x_t, timestep):
