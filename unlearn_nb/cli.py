@@ -15,6 +15,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import click
@@ -342,11 +343,14 @@ class Run:
     "What a run works with, once all that was asked for has been looked at."
     denoiser: object
     cfg: object
-    describe: object
+    named: str | None     # the descriptor
     prompt: str | None    # of the request
     prompts: tuple        # whose pictures must stay
     mask: object          # PIL, or None
     earlier: list         # requests of the hotfixes that are on
+
+    @cached_property
+    def describe(self): return descriptor(self.denoiser, self.named)   # the model's own takes pictures of it
 
 def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=None, keep=(), mask=None, folders=(),
            receipts=(), named=None, **settings):
@@ -359,7 +363,9 @@ def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=Non
         if file: picture_of(option, file, denoiser)
     cfg = config_of(denoiser, {k: v for k, v in settings.items() if v is not None})
     mask = None if mask is None else parse_mask(mask, denoiser.size)
-    return Run(denoiser, cfg, descriptor(denoiser, named), prompt, prompts, mask, earlier)
+    run = Run(denoiser, cfg, named, prompt, prompts, mask, earlier)
+    if named not in (None, "own"): run.describe   # is there such a descriptor?
+    return run
 
 # %% ../nbs/workshop/cli.ipynb #8aff5056
 def forget_one(*, out="unlearn_demo", checkpoint=None, cache=None, dry_run=False, **asked):
