@@ -3,6 +3,7 @@
 They cannot follow the decorator `patch`, so here its methods stand in their classes. The wheel is built with these
 files (setup.py), git does not keep them, and nobody edits them. What says no type is `Any`."""
 import ast
+import copy
 import sys
 from pathlib import Path
 
@@ -47,21 +48,35 @@ def members(c):
 def stub(tree):
     "(what a module's stub holds, its classes by name) of a module's syntax tree."
     out, classes = ast.parse('from typing import Any').body, {}
-    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
     for n in tree.body:
         if isinstance(n, (ast.Import, ast.ImportFrom)): out.append(n)
-        if isinstance(n, ast.FunctionDef) and not patched(n): out.append(function(n))
+        if isinstance(n, ast.FunctionDef) and not any(named(d, 'patch', 'property') for d in n.decorator_list):
+            out.append(function(n))
         if isinstance(n, ast.ClassDef):
             kept = [d for d in n.decorator_list if named(d, *KEPT)]
             classes[n.name] = ast.ClassDef(n.name, n.bases, [], members(n) or [ast.Expr(NOTHING)], kept)
             out.append(classes[n.name])
         for target in n.targets if isinstance(n, ast.Assign) else ():
-            if isinstance(target, ast.Attribute) and named(n.value, 'property', 'classmethod'):   # C.name = property(f)
-                f = ast.parse(ast.unparse(functions[n.value.args[0].id])).body[0]
-                classes[target.value.id].body.append(function(f, True, target.attr, n.value.func.id))
-            elif not isinstance(target, (ast.Attribute, ast.Subscript)):
-                out += [declared(name) for name in getattr(target, 'elts', [target])]
+            names = getattr(target, 'elts', [target])
+            out += [declared(name) for name in names if isinstance(name, ast.Name)]
     return out, classes
+
+
+def attached(tree):
+    "(class, member) of all that a module puts into classes: by `patch`, or as `Class.name = value`."
+    functions = {n.name: n for n in tree.body if isinstance(n, ast.FunctionDef)}
+    for n in tree.body:
+        if isinstance(n, ast.FunctionDef) and patched(n): yield n.args.args[0].annotation.id, function(n, True)
+        for target in n.targets if isinstance(n, ast.Assign) else ():
+            targets = getattr(target, 'elts', [target])
+            values = n.value.elts if len(targets) > 1 else [n.value]
+            for t, v in zip(targets, values):
+                if not (isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id[:1].isupper()):
+                    continue
+                of = v.args[0] if named(v, 'property', 'classmethod') else v
+                f = functions.get(getattr(of, 'id', None))
+                how = v.func.id if of is not v else None
+                yield t.value.id, function(copy.deepcopy(f), True, t.attr, how) if f else declared(ast.Name(t.attr))
 
 
 def used(out):
@@ -77,10 +92,9 @@ def write_stubs(package, folder):
     trees = {file.stem: ast.parse(file.read_text(encoding='utf-8')) for file in sorted(Path(package).glob('*.py'))}
     made = {name: stub(tree) for name, tree in trees.items() if name not in ('_modidx', '__main__')}
     for name in made:
-        for f in (n for n in trees[name].body if isinstance(n, ast.FunctionDef) and patched(n)):
-            owner = f.args.args[0].annotation.id
-            place = name if owner in made[name][1] else next(k for k, (_, classes) in made.items() if owner in classes)
-            made[place][1][owner].body.append(function(f, True))
+        for owner, member in attached(trees[name]):
+            there = [c[owner] for k, (_, c) in made.items() if owner in c and (k == name or owner not in made[name][1])]
+            for c in there[:1]: c.body.append(member)
     for name, (out, _) in made.items():
         text = ast.unparse(ast.fix_missing_locations(ast.Module(used(out), [])))
         (Path(folder)/f'{name}.pyi').write_text(text + '\n', encoding='utf-8')
