@@ -114,6 +114,7 @@ def test_what_was_done_to_a_picture_is_said():
         assert fit(noise(size), (32, 32))[1].endswith(f"and this model makes 32 x 32: {said}")
 
 
+@pytest.mark.slow
 def test_every_weight_has_a_curve_of_its_own():
     model = tiny()
     assert len({curve(model, w, 200, 1000).tobytes() for w in [*WEIGHTS, lambda snr: snr.sqrt()]}) == len(WEIGHTS) + 1
@@ -241,6 +242,7 @@ def test_a_run_leaves_the_model_and_the_random_numbers_as_they_were(one_thread):
     assert len(s.log) == len(s.frames) == TINY.steps and len(s.before) == len(s.after) == 3
 
 
+@pytest.mark.slow
 def test_looking_changes_nothing(one_thread):
     few, many = ready(), ready()
     few.run(looks=1), many.run(looks=3)
@@ -366,6 +368,7 @@ def test_a_clock_tells_the_time_left_at_the_rate_that_it_measured(monkeypatch):
     assert clock.left is None and clock.share == 1
 
 
+@pytest.mark.slow
 def test_the_work_of_each_part_is_known_before(ran):
     "What the clock is told is what passes through the net, to a tenth."
     parts, s = [], ready()
