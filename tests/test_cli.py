@@ -26,7 +26,7 @@ from test_hotfix import noisy, secrets_of
 from test_train import ONE_MACHINE
 from test_unlearn import tiny
 from unlearn_nb import zoo
-from unlearn_nb.cli import SAID, cli, in_progress, main, new_folders, run_of, sampled_rows, sentence, tidy
+from unlearn_nb.cli import SAID, cli, in_progress, main, new_folders, run_of, sampled_rows, sentence, tidy, words_of
 from unlearn_nb.hotfix import Hotfix, card, private_folder, read_receipt
 from unlearn_nb.metrics import check_pictures
 from unlearn_nb.states import Request
@@ -282,6 +282,19 @@ def test_a_model_with_words(tmp_path, capsys):
     assert base.shape == (128, 256, 3) and (base != edited).any()
 
 
+def test_classes_are_asked_for_by_number():
+    "--class N, or --prompt with the number; whatever else is asked, the option that asked is named."
+    classes = SimpleNamespace(prompts={"0": 0}, others=("0", "1", "2"))
+    guided, words = SimpleNamespace(prompts={"": 0}, others=("0", "1")), SimpleNamespace(prompts={"": 0}, others=("",))
+    assert [words_of(classes, number=2), words_of(classes, "1"), words_of(guided, ""), words_of(words, "a")] == [
+        "2", "1", "", "a"] and words_of(SimpleNamespace(prompts={})) is None
+    for asked, says in (((classes,), "of classes, 0 to 2; give --class N"), ((classes, None, 3), "--class '3' was"),
+                        ((classes, "red"), "--prompt 'red' was given"), ((classes, ""), "--prompt '' was given"),
+                        ((classes, "x", None, "--keep"), "--keep 'x' was given"), ((words,), "give --prompt WORDS"),
+                        ((words, None, 1), "--class was given, but"), ((words, "a", 1), "not both")):
+        with pytest.raises(ValueError, match=says): words_of(*asked)
+
+
 @pytest.mark.slow
 def test_the_built_in_flags(tmp_path, capsys):
     "Which flag a picture shows is what the report compares by; all flags are kept; the hotfix is a LoRA."
@@ -478,7 +491,7 @@ forget --model faces --image {}/right.png --surrogate {}/large.png --out {}/o | 
 forget --model faces --image {}/right.png --surrogate {}/none.png --out {}/o | none.png
 forget --model faces --image {}/right.png --surrogate {}/right.png --out {}/o | is the picture to forget
 forget --model faces --seed 1 --prompt a --out {}/o | leave it out
-forget --model faces --seed 1 --class 1 --out {}/o | --class 1 was given, but this model
+forget --model faces --seed 1 --class 1 --out {}/o | --class '1' was given, but this model
 forget --model faces --seed 1 --keep a --out {}/o | --keep 'a' was given, but this model
 forget --model faces --seed 1 --out {}/full | not an empty folder
 forget --model faces --seed 1 --out {}/text.png/o | text.png

@@ -161,25 +161,22 @@ def parse_seeds(text, option="--seeds"):
     return seeds
 
 # %% ../nbs/workshop/cli.ipynb #cl17word
-def words_of(denoiser, prompt=None, number=None):
+def words_of(denoiser, prompt=None, number=None, option="--prompt"):
     "The prompt that --prompt or --class asks for; None of a model without words. ValueError for what does not fit it."
-    classes = denoiser.others if denoiser.prompts and denoiser.others != ("",) else ()
-    given = "--prompt" if prompt is not None else "--class" if number is not None else None
     if prompt is not None and number is not None: raise ValueError("give --prompt or --class, not both")
+    option, said = (option, prompt) if number is None else ("--class", str(number))
     if not denoiser.prompts:
-        if given is None: return None
-        raise ValueError(f"{given} {number if prompt is None else prompt!r} was given, but this model makes pictures "
-                         "without words or classes; leave it out")
-    if classes:
-        some = f"this model makes pictures of classes; give --class N, {classes[0]} to {classes[-1]}"
-        if given is None: raise ValueError(some)
-        said = prompt if number is None else str(number)
-        if said in classes or said == "" and "" in denoiser.prompts: return said
-        raise ValueError(f"{given} {said!r} is no class of this model: {some.partition(': ')[2] or some}")
-    if prompt is None:
-        raise ValueError(f"{'' if given is None else '--class was given, but '}this model makes pictures of words; "
-                         'give --prompt WORDS, or --prompt "" for no words')
-    return prompt
+        if said is None: return None
+        raise ValueError(f"{option} {said!r} was given, but this model makes pictures without words or classes; leave "
+                         "it out")
+    if denoiser.others != ("",):
+        if said in denoiser.others or said == "" and "" in denoiser.prompts: return said
+        given = "" if said is None else f"{option} {said!r} was given, but "
+        raise ValueError(f"{given}this model makes pictures of classes, {denoiser.others[0]} to {denoiser.others[-1]}; "
+                         f"give {'one of them' if said is not None else '--class N'}")
+    if number is None and said is not None: return said
+    given = "" if number is None else "--class was given, but "
+    raise ValueError(f'{given}this model makes pictures of words; give --prompt WORDS, or --prompt "" for no words')
 
 # %% ../nbs/workshop/cli.ipynb #cl17said
 SAID = (   # what a module says in the words of Python: what the command says instead
@@ -272,6 +269,12 @@ def picture_of(option, file, denoiser=None):
                          f"{size[0]} x {size[1]}; resize it first")
     return image
 
+def is_transparent(file):
+    "Whether something shines through the picture in a file."
+    from PIL import Image
+    with Image.open(file) as image:
+        return image.has_transparency_data and image.convert("RGBA").getchannel("A").getextrema()[0] < 255
+
 def request_of(denoiser, cfg, describe, asked, prompt, mask):
     "The `Request` of what was asked for on the command line; what speaks against its surrogate is noted."
     from unlearn_nb import surrogates
@@ -300,9 +303,7 @@ def config_of(denoiser, settings):
 def keep_of(denoiser, keep):
     "The prompts whose pictures must stay, of --keep. ValueError for what the model does not know."
     from unlearn_nb.zoo import companions
-    if keep and not denoiser.prompts:
-        raise ValueError(f"--keep {keep[0]!r} was given, but this model makes pictures without words; leave it out")
-    for words in keep: words_of(denoiser, words)
+    for words in keep: words_of(denoiser, words, option="--keep")
     return keep or companions(denoiser).prompts
 
 def check_checkpoint(file, places):
@@ -360,7 +361,8 @@ def run_of(model, seed=None, image=None, surrogate=None, prompt=None, number=Non
     denoiser, earlier = with_hotfixes(model, folders, receipts)
     prompt, prompts = words_of(denoiser, prompt, number), keep_of(denoiser, keep)
     for option, file in (("--image", image), ("--surrogate", surrogate)):
-        if file: picture_of(option, file, denoiser)
+        if file and picture_of(option, file, denoiser) and is_transparent(file):
+            note(f"{option} {str(file)!r} is transparent in places; white lies beneath")
     cfg = config_of(denoiser, {k: v for k, v in settings.items() if v is not None})
     mask = None if mask is None else parse_mask(mask, denoiser.size)
     run = Run(denoiser, cfg, named, prompt, prompts, mask, earlier)
@@ -925,7 +927,8 @@ def bench(model, as_json):
     import json
 
     from unlearn_nb.bench import bench, subject, table
-    result = bench(*subject(model))
+    denoiser, cfg = subject(model)
+    result = bench(denoiser, cfg, prompt=denoiser.others[0])
     click.echo(json.dumps(result, indent=1) if as_json else str(table(result)))
 
 # %% ../nbs/workshop/cli.ipynb #9d73ce2a
