@@ -408,9 +408,12 @@ def test_what_a_killed_run_left_is_named(model, tmp_path, capsys):
     old.write_text("half")
     in_progress(each)   # who only looks removes nothing
     assert old.exists() and old.name in capsys.readouterr().err
-    (part := tmp_path/".o.part").mkdir(), (part/"card.json").write_text("half")
-    with new_folders(tmp_path/"o") as folder: (folder/"a").write_text("a")
-    assert ".o.part" in capsys.readouterr().err and names(tmp_path/"o") == ["a"]
+    for name, files in (("o", ["card.json"]), ("p", []), ("q", None)):   # killed late, early, not at all
+        part = tmp_path/f".{name}.part"
+        if files is not None: part.mkdir()
+        for file in files or (): (part/file).write_text("half")
+        with new_folders(tmp_path/name) as folder: (folder/"a").write_text("a")
+        assert (part.name in capsys.readouterr().err) == (files is not None) and names(tmp_path/name) == ["a"]
 
 
 # --- two folders, whole or not at all ---

@@ -56,11 +56,14 @@ def check_outside(option, path, folders):
 # %% ../nbs/workshop/cli.ipynb #cli15001
 @contextmanager
 def ours(part, out):
-    "A hidden folder that is this run's alone; ValueError if another run to `out` is at work in it."
+    """A hidden folder that is this run's alone; says whether a run that was killed left it.
+
+    ValueError if another run to `out` is at work in it."""
     busy = ValueError(f"another run writes to --out {str(out)!r} now; wait until it is done, or give another name "
                       f"(if there is none, delete {str(part)!r})")
+    old = part.exists()   # of a run that was killed, if nobody holds it
     try: part.mkdir()
-    except FileExistsError:   # of a run that was killed, if nobody holds it
+    except FileExistsError:
         if fcntl is None: raise busy from None
     except OSError as e:
         raise ValueError(f"--out {str(out)!r} cannot be made ({e.strerror}); "
@@ -72,7 +75,7 @@ def ours(part, out):
         except BlockingIOError: raise busy from None
         except OSError: pass   # a file system without locks
         if fcntl and not (part.exists() and os.path.samestat(os.stat(part), os.fstat(handle))): raise busy
-        yield
+        yield old
     finally:
         if fcntl: os.close(handle)
 
@@ -132,10 +135,10 @@ def new_folders(out, private=True):
     folders = two_folders(out, private)[:1 + private]
     part = folders[0].with_name(f".{folders[0].name}.part")
     parts = (part, private_folder(part))[:1 + private]
-    with ours(part, out):
+    with ours(part, out) as old:
         try:
-            if old := [*part.iterdir()]: note(f"removed {str(part)!r}, left by a run to --out that was killed")
-            for file in old: shutil.rmtree(file) if file.is_dir() else file.unlink()
+            if old: note(f"removed {str(part)!r}, left by a run to --out that was killed")
+            for file in part.iterdir(): shutil.rmtree(file) if file.is_dir() else file.unlink()
             for folder in parts[1:]:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(0o700)
