@@ -255,7 +255,7 @@ def test_the_card_is_read():
     image = model.decode(PLANTED)[0]
     mine, plain = Target(PLANTED, (100,), "a king"), {"requests": ["f00"], "config": {"seed": 100}}
     def verdict_of(card): return row("A14a card", World(model, model, flat, card=card), mine)
-    assert verdict_of(plain)["verdict"] == "holds"
+    for card in (plain, plain | {"schema": 100}): assert verdict_of(card)["verdict"] == "holds"   # a seed of 2, say
     for told in ({"seed": 100}, {"deep": [{"prompt": "a king"}]}, {"sha": picture_sha256(image)}):
         r = verdict_of(plain | {"requests": [told]})
         assert r["verdict"] == "leaks" and (r["raw"]["named"]["target"], r["raw"]["named"]["q95"]) == (1, 0)

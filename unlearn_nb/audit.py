@@ -566,8 +566,8 @@ ATTACKS["A13 deletion"] = Attack(deletion, "detection", "kin", 39, quick=True)
 
 # %% ../nbs/13_audit.ipynb #513c3278
 def said(v):
-    "All numbers and texts in a card, but for settings, costs and versions."
-    skipped = ("config", "cost", "versions")
+    "All numbers and texts in a card, but for its schema, settings, costs and versions."
+    skipped = ("schema", "config", "cost", "versions")
     if isinstance(v, dict): v = [w for k, w in v.items() if k not in skipped]
     return [x for w in v for x in said(w)] if isinstance(v, (list, tuple)) else [v]
 
