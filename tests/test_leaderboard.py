@@ -56,7 +56,7 @@ def small(monkeypatch):
     "A board of a tiny model in four evaluations a run."
     model = tiny()
     monkeypatch.setattr(L, "Config", lambda **kw: replace(TINY, **kw))
-    monkeypatch.setattr(L, "propose", lambda d, x: request_of(d).surrogate)
+    monkeypatch.setattr(L, "propose", lambda d, x: request_of(d, 40).surrogate)
     monkeypatch.setattr(L, "fields", lambda _: [type("field", (), {"name": k}) for k in vars(TINY)])
     monkeypatch.setattr(L, "LEVELS", (100,))
     monkeypatch.setattr(L, "PANELS", {True: range(20, 24), False: range(10, 14)})
