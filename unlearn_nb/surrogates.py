@@ -351,9 +351,9 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=Non
     """A surrogate from the model alone, of the image's size: of some candidates the best by `score`.
 
     First one `inpaint` of each seed. If none of them is somebody else (a similarity of at most
-    `limit`), as where the model has learned the image by heart and paints nothing else: other
-    pictures that it makes, four for each seed, of which the nearest, one for each seed, are `fitted`
-    into the image; and if a mask does not forbid it, the others as they are.
+    `limit`): other pictures that it makes, four for each seed, of which the nearest, one for each
+    seed, are `fitted` into the image; and if a mask does not forbid it, the others as they are. Only
+    these, if the image itself is twice among them: the model has learned it by heart.
 
     mask: where it may differ (default: the face; of what is fitted, head and hair). prompt: of a
     model that wants one. describe, limit: by what, and to which similarity, it is somebody else
@@ -371,6 +371,8 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=Non
     many, where = len(painted), may_differ(image, mask)
     further = range(400_000, 400_000 + 4 * many)
     others = denoiser.decode(denoiser.sample(further, steps, prompt=prompt))
+    same = [c.rmse < .2 and c.similarity > .5 for c in checks(image, others, describe=describe)]
+    if mask is None and sum(same) > 1: return ranked(image, others, **how)[0][1]
     composed = [compose(denoiser, image, mask=where, source=other) for other in others]
     near = [x for _, x in ranked(image, composed, **how)][:many]
     images = fitted(denoiser, image, where, near, steps, prompt)
