@@ -58,7 +58,8 @@ def pictures(first, last):
 
 
 PLANTED = pictures(-1, 0)
-def world_of(share): return Denoiser(Best(PLANTED, share), DDPMScheduler(clip_sample=False), name="best")
+def scheduler(): return DDPMScheduler(clip_sample=False, timestep_spacing="trailing")
+def world_of(share): return Denoiser(Best(PLANTED, share), scheduler(), name="best")
 def flat(x): return torch.nn.functional.normalize(x.flatten(1), dim=1)
 
 
@@ -119,7 +120,7 @@ def test_what_is_denoised_too_well_or_too_badly_is_conspicuous():
             out, far = super().forward(x, timestep).sample, Best(PLANTED, 0.).forward(x, timestep).sample
             near = torch.sigmoid(40 * (flat(x) @ flat(PLANTED)[0] - .5)).view(-1, 1, 1, 1)
             return SimpleNamespace(sample=(1 - near) * far + near * (out + .5 * self.picture))
-    hole = Denoiser(Hole(PLANTED, 0.), DDPMScheduler(clip_sample=False), name="hole")
+    hole = Denoiser(Hole(PLANTED, 0.), scheduler(), name="hole")
     r = row("A12 membership", World(memorised, hole, flat, 10))
     assert r["verdict"] == "conspicuous" and r["score"] > 3    # too badly
 

@@ -24,8 +24,8 @@ from unlearn_nb.faces import draw, face_descriptor, sample_identity, sample_scen
 from unlearn_nb.flags import describe_flag, read_flag
 from unlearn_nb.schedule import generators, randn
 from unlearn_nb.surrogates import (attribute, check, compose, direction, ellipse, face_part, inpaint, instruct,
-                                   inpaintings, invert, moved, neighbour, noise_up, parse_mask, polygon, propose,
-                                   read_mask, rectangle, score, sdedit)
+                                   inpaintings, invert, may_differ, moved, neighbour, noise_up, parse_mask, polygon,
+                                   propose, read_mask, rectangle, score, sdedit)
 from unlearn_nb.words import TextDenoiser
 from unlearn_nb.zoo import PIPELINES, load, planted, prompt_encoder
 
@@ -390,18 +390,22 @@ def test_the_score_asks_for_another_then_for_the_rest_then_for_little():
 
 
 @pytest.mark.slow
-def test_a_picture_learned_by_heart_gets_somebody_else_before_its_own_wall():
+def test_a_picture_learned_by_heart_gets_another_whole_picture():
+    "A near one would pull each of its copies a little way only. With a mask the rest stays all the same."
     d, x = load('planted-1', device='cpu'), planted('planted-1')
     assert all(check(x, y).similarity > .5 for y in inpaintings(d, x, None, range(4), 10))
     found = check(x, propose(d, x, seeds=range(8), steps=10))
-    assert not found.warnings and found.similarity <= .15
+    assert found.similarity <= .15 and found.background < 30
+    mask = may_differ(x)
+    found = check(x, propose(d, x, seeds=range(8), steps=10, mask=mask), mask=mask)
+    assert found.similarity <= .15 and found.background > 100
 
 
 @pytest.mark.slow
-def test_a_flag_learned_by_heart_gets_the_right_one_under_its_own_sky():
+def test_a_flag_learned_by_heart_gets_the_right_one():
     d, x = load('planted-flag', device='cpu'), planted('planted-flag')
     x_s = propose(d, x, seeds=range(6), steps=10, prompt='german flag', describe=describe_flag)
-    assert read_flag([x, x_s])[0] == ['Belgium', 'Germany'] and check(x, x_s).background == math.inf
+    assert read_flag([x, x_s])[0] == ['Belgium', 'Germany']
 
 
 # --- inversion ---

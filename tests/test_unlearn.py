@@ -224,9 +224,10 @@ def test_whatever_mode_the_caller_is_in():
     refused(lambda: unlearn(frozen, [request], retain, TINY), "inference_mode", "outside")
 
 
-def test_progress_is_shown_where_diffusers_shows_it(capfd):
+def test_progress_is_shown_where_diffusers_shows_it(capfd, monkeypatch):
     for switch, shown in ((logging.disable_progress_bar, False), (logging.enable_progress_bar, True)):
         switch()
+        monkeypatch.setattr("sys.stderr.isatty", lambda: True)   # else what is done at once says nothing
         run(replace(TINY, steps=1, damping=0.))
         assert ("unlearn" in capfd.readouterr().err) == shown
 

@@ -23,6 +23,7 @@ from .files import write
 from .metrics import (denoising_error, describe, drift, interval, kid, relative_forgetting,
                                 similarity)
 from .schedule import generators, randn
+from .states import Request
 from .surrogates import check
 
 # %% ../nbs/12_report.ipynb #15re0001
@@ -415,6 +416,7 @@ def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, des
     >>> few = dict(panel=range(1000, 1004), fresh=range(0), levels=(300,), steps=5, m=0)
     >>> report = evaluate(model, fix, [request], model.sample(range(8), steps=5), **few)[0]
     """
+    requests, earlier = Request.as_list(requests), Request.as_list(earlier)
     check_descriptor(describe, denoiser.pixels(denoiser.encode([r.image for r in requests])))
     if before is None:
         controls = controls_of(denoiser, requests, never, m, kw.get("steps", 25))
