@@ -44,10 +44,11 @@ def ddpm_schedule(scheduler, device, tokens=None):
     if len(abar) != c.num_train_timesteps:
         raise ValueError(f"this scheduler has {len(abar)} noise levels (trained_betas), but its "
                          f"num_train_timesteps is {c.num_train_timesteps}; make them agree")
-    if prediction == "epsilon" and not abar.min() > 0:
+    planned = abar.is_meta   # shapes without numbers, to count with
+    if prediction == "epsilon" and not (planned or abar.min() > 0):
         raise ValueError("the last noise level is nothing but noise (zero SNR), and a net that predicts "
                          "epsilon says nothing there; set rescale_betas_zero_snr=False in its config")
-    end = float(getattr(scheduler, "final_alpha_cumprod", 1.))   # set_alpha_to_one
+    end = 1. if planned else float(getattr(scheduler, "final_alpha_cumprod", 1.))   # set_alpha_to_one
     grid = c.get("timestep_spacing", "trailing"), c.get("steps_offset", 0)
     return DDPM(abar, prediction, *grid, end)
 
