@@ -192,8 +192,10 @@ def test_an_oblong_model():
 
 def test_encode_takes_other_modes_and_decode_cuts():
     d = tiny()
-    grey, clear = Image.new("L", (8, 8), 255), Image.new("RGBA", (8, 8), (0, 0, 0, 255))
-    assert_close(d.encode([grey, clear]), torch.tensor([1., -1.]).view(2, 1, 1, 1).expand(2, 3, 8, 8))
+    grey, black = Image.new("L", (8, 8), 255), Image.new("RGBA", (8, 8), (0, 0, 0, 255))
+    clear = Image.new("RGBA", (8, 8), (0, 0, 0, 0))   # white lies beneath
+    wanted = torch.tensor([1., -1., 1.]).view(3, 1, 1, 1).expand(3, 3, 8, 8)
+    assert_close(d.encode([grey, black, clear]), wanted)
     assert np.asarray(d.decode(torch.full((1, 3, 8, 8), 7.))[0]).min() == 255
 
 

@@ -342,7 +342,7 @@ def encode(self: Denoiser, images):
             raise ValueError(f"the image is {image.width} x {image.height} pixels, "
                              f"but this model makes {W} x {H}; resize it first")
     mode = "L" if self.grey else "RGB"
-    x = [np.asarray(image.convert(mode)).reshape(H, W, -1) for image in images]
+    x = [np.asarray(opaque(image).convert(mode)).reshape(H, W, -1) for image in images]
     x = torch.from_numpy(np.stack(x)).to(self.device).permute(0, 3, 1, 2)
     return self.latents(x.float() / 127.5 - 1)
 
