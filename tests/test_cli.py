@@ -260,7 +260,7 @@ def test_one_request_on_top_of_another_and_a_lora_and_a_checkpoint(model, tmp_pa
     assert any("lora_A" in k for k in second.delta)
     assert [row["seed"] for row in read(tmp_path/"two-private/report.json")["earlier"]] == [1]
     assert names(tmp_path) == ["kept", "one", "one-private", "two", "two-private"]
-    assert len(names(tmp_path/"kept")) == 2   # 64 paths and the pool, of the base beneath both
+    assert len(names(tmp_path/"kept")) == 4   # of the base beneath both: 64 paths, the pool, near paths of each
     none, both, alone = (
         sampled(tmp_path/"x.png", "--model", model, *(a for name in fixes for a in ("--hotfix", tmp_path/name)))
         for fixes in ((), ("one", "two"), ("two",)))
