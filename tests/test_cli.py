@@ -463,6 +463,7 @@ def test_killed_between_the_folders(tmp_path, capsys):
         assert killed.returncode == -signal.SIGKILL and not out.exists()
         assert private_folder(out).exists() == bool(done)
     with new_folders(tmp_path/"0") as part: assert names(part) == []
+    assert ".0.part" in capsys.readouterr().err   # it says what it removed
     said = fails(capsys, "forget", "--model", "faces", "--seed", 1, "--out", tmp_path/"1")
     assert "1-private" in said and "not an empty folder" in said
 

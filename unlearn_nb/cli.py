@@ -425,7 +425,9 @@ def judged(run, request, hotfix, others, folder):
 # %% ../nbs/workshop/cli.ipynb #cl17dry1
 def sampled_rows(run, asked):
     "How many states of sampling the net sees in a run and its report: each step of each picture."
+    from unlearn_nb.denoiser import max_batch
     from unlearn_nb.report import BACK, ERRORS, FRESH, LEVELS, QUICK
+    from unlearn_nb.zoo import companions
     d, cfg, m = run.denoiser, run.cfg, 19   # m: controls
     s, few, words = cfg.sampling_steps, min(5, cfg.sampling_steps), bool(d.prompts)
     own = (2 - words) * (s if asked["seed"] is not None else 4 * s)   # with its mirror; or by inversion
@@ -435,7 +437,8 @@ def sampled_rows(run, asked):
     looks = own + (0 if words or not own else own * (2 + 4 * 2))
     back = len(LEVELS) * (1 + m) * 4 * min(s, BACK) + len(ERRORS) * (1 + m) * 4
     report = 2 * (back + s * (1 + 32) + len(FRESH) * min(s, QUICK)) + m * s
-    return before + stay + looks + report + 2 * s * len(run.earlier)
+    features = 0 if companions(d).describe or run.named not in (None, "own") else 8 * max(64, 4 * max_batch(d, 64))
+    return before + features + stay + looks + report + 2 * s * len(run.earlier)
 
 def states_bytes(run):
     "Bytes of the states of what must stay, which lie in the memory of the machine."
