@@ -166,7 +166,7 @@ def take_off(denoiser, hotfix):
 class Change:
     "A change of weights {name: tensor} and its card: what it is, apart from what it can do."
 
-    def __init__(self, delta: dict[str, Tensor], card: dict, receipt: "Receipt | None" = None):
+    def __init__(self, delta: dict[str, Tensor], card: dict, receipt=None):
         self.delta, self.card, self.receipt = delta, card, receipt
 
     @cached_property
