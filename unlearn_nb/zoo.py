@@ -35,7 +35,7 @@ from .denoiser import Denoiser
 from .families import PIPELINES, FluxDenoiser, class_encoder, classes_of, prompt_encoder
 from .files import fingerprint, sha256, write
 from .hotfix import PARTS, change, changed, low_rank
-from .words import LatentDenoiser, TextDenoiser
+from .words import LatentDenoiser, TextDenoiser, shrinks
 
 # %% ../nbs/workshop/zoo.ipynb #9c925360
 INDEX, NET, SCHEDULER = "model_index.json", "config.json", "scheduler_config.json"
@@ -389,8 +389,8 @@ def of_pipeline(pipe, empty=None):
     "The parts of a pipeline for a denoiser: net, scheduler, VAE, and words or classes."
     what = PIPELINES[type(pipe).__name__]
     net, vae = getattr(pipe, what.net), getattr(pipe, "vae", None) or pipe.vqvae
-    if what.embeds: told = {"text": prompt_encoder(pipe, empty), "guidance": what.guidance}
-    else: told = told_classes(net, classes_of(net)) | ({"guidance": what.guidance} if classes_of(net) else {})
+    told = {"text": prompt_encoder(pipe, empty)} if what.embeds else told_classes(net, classes_of(net))
+    if told: told["guidance"] = what.guidance
     return {"net": net, "scheduler": pipe.scheduler, "vae": vae} | told
 
 # %% ../nbs/workshop/zoo.ipynb #87a865db
@@ -521,15 +521,14 @@ def parts_by_name(name, revision, device, dtype, without):
 # %% ../nbs/workshop/zoo.ipynb #de6dd5c5
 def denoiser_of(parts, size=None, **kw):
     "The denoiser of the kind that its parts want; size: width and height of its pictures, if not the net's own."
-    latent, kind = parts.get("vae"), LatentDenoiser if "vae" in parts else Denoiser
+    kind, of_latent = LatentDenoiser if "vae" in parts else Denoiser, shrinks(parts["vae"]) if parts.get("vae") else 1
     if "text" in parts: kind = FluxDenoiser if type(parts["net"]).__name__ in FluxDenoiser.nets else TextDenoiser
-    shrinks = 2 ** (len(latent.config.block_out_channels) - 1) if latent else 1
-    if kind is FluxDenoiser and not size: size = (128 * shrinks,) * 2   # the default of diffusers
+    if kind is FluxDenoiser and not size: size = (128 * of_latent,) * 2   # the default of diffusers
     if size:
-        if any(not isinstance(v, int) or v < 1 or v % (shrinks * kind.packed) for v in size):
+        if any(not isinstance(v, int) or v < 1 or v % (of_latent * kind.packed) for v in size):
             raise ValueError(f"size {tuple(size)} does not fit; give width and height in pixels, "
-                             f"multiples of {shrinks * kind.packed}")
-        kw["side"] = tuple(v // shrinks for v in reversed(size))
+                             f"multiples of {of_latent * kind.packed}")
+        kw["side"] = tuple(v // of_latent for v in reversed(size))
     return kind(**parts, **kw)
 
 def load(name, revision=None, device=None, dtype=None, without=(), size=None) -> Denoiser:
