@@ -1,5 +1,6 @@
 "The bench: what it times is the loop's own step, and its counts are exact. No test looks at a clock's value."
 import json
+from functools import partial
 from dataclasses import replace
 
 import pytest
@@ -266,11 +267,11 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     model = tiny()
     DDPMPipeline(model.net, model.scheduler).save_pretrained(tmp_path / "model")
     whole = bench.bench
-    monkeypatch.setattr(bench, "bench", lambda denoiser, cfg: whole(denoiser, cfg, rounds=1))
+    monkeypatch.setattr(bench, "bench", partial(whole, rounds=1))
     main(["bench", "--model", str(tmp_path / "model"), "--json"])
     result = json.loads(capsys.readouterr().out)
     assert result["model"] == str(tmp_path / "model")
-    monkeypatch.setattr(bench, "bench", lambda denoiser, cfg: result)
+    monkeypatch.setattr(bench, "bench", lambda denoiser, cfg, prompt: result)
     main(["bench", "--model", str(tmp_path / "model")])
     assert capsys.readouterr().out == f"{bench.table(result)!r}\n"
 

@@ -322,6 +322,19 @@ def reconstruct(self: Denoiser, x0, t, seeds, steps=25, eta=0., prompt=None):
     for _, x in self.path(x_t, t, steps, gens, eta, cond): pass
     return x
 
+# %% ../nbs/02_denoiser.ipynb #1d2870a7
+def opaque(image):
+    """A PIL picture of any mode in RGB: over white where it is transparent, 16 bits scaled to 8.
+
+    ValueError for modes I and F, whose values have no agreed range."""
+    if image.mode in ("I", "F"):
+        raise ValueError(f"a picture of mode {image.mode} has no agreed range of values; convert it to L or RGB")
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
+    if not image.has_transparency_data: return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
 # %% ../nbs/02_denoiser.ipynb #b036c778
 @patch
 def latents(self: Denoiser, x):
@@ -355,18 +368,6 @@ def decode(self: Denoiser, x0):
 
 # %% ../nbs/02_denoiser.ipynb #c4a4e3c9
 MOST_PIXELS = 50_000_000
-
-def opaque(image):
-    """A PIL picture of any mode in RGB: over white where it is transparent, 16 bits scaled to 8.
-
-    ValueError for modes I and F, whose values have no agreed range."""
-    if image.mode in ("I", "F"):
-        raise ValueError(f"a picture of mode {image.mode} has no agreed range of values; convert it to L or RGB")
-    if image.mode.startswith("I;16"):
-        return Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8)).convert("RGB")
-    if not image.has_transparency_data: return image.convert("RGB")
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 def read_image(file):
     """A PNG, JPEG or WebP file as a PIL image in RGB, `opaque`, turned as its EXIF says.
