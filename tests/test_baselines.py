@@ -12,8 +12,8 @@ from torch.distributions import Normal
 from torch.testing import assert_close
 
 from unlearn_nb import baselines
-from unlearn_nb.baselines import (climb, concept_cut, cut_loss, erasediff, fisher, importance, neggrad, no_edit,
-                                  noise_states, noised_evenly, ordinary, pictures, restrict, salient, salun,
+from unlearn_nb.baselines import (climb, concept_cut, cut_loss, erasediff, fisher, forget_image, importance, neggrad,
+                                  no_edit, noise_states, noised_evenly, ordinary, pictures, restrict, salient, salun,
                                   selective_amnesia, towards)
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.leaderboard import METHODS
@@ -97,11 +97,26 @@ def test_ordinary_states_lead_to_their_own_picture():
 
 
 def test_noise_is_the_right_answer_for_noise_states(problem):
-    x_t, t, goal = noise_states(replace(problem, cfg=replace(RAW, forget_batch=64, retain_batch=64)))(gen())
+    x_t, t, goal = noise_states(replace(problem, cfg=replace(RAW, forget_batch=64, retain_batch=64)), False)(gen())
     a, s = problem.denoiser.scales(t)
     eps = (x_t - a * goal) / s
     assert len(t) == 64 and -1e-3 <= eps.min() and eps.max() <= 1 + 1e-3
     assert eps.mean().item() == pytest.approx(.5, abs=.05)
+
+
+def test_forget_states_lead_to_the_image_or_to_its_surrogate(problem):
+    "Noised, or on the own path, whose mirrored ones have mirrored ends."
+    model, own = problem.denoiser, problem.own
+    cfg = replace(RAW, path_share=.5)
+    for goal, ends in ((None, own.x0), (problem.x_s, own.x0 + own.shift)):
+        x_t, t, end = forget_image(replace(problem, cfg=cfg), True, goal, n=16)(gen())
+        assert len(t) == 16 and all(any(torch.equal(y, z) for z in own.x_t.flatten(0, 1)) for y in x_t[:8])
+        assert all(any(torch.allclose(y, z, atol=1e-6) for z in ends) for y in end[:8])
+        a, s = model.scales(t[8:])
+        assert_close(end[8:], (problem.x_f if goal is None else goal).expand_as(end[8:]))
+        assert ((x_t[8:] - a * problem.x_f) / s).std().item() == pytest.approx(1, abs=.15)
+    x_t, t, _ = forget_image(problem, False, n=16)(gen())
+    assert not any(torch.equal(y, z) for y in x_t for z in own.x_t.flatten(0, 1))
 
 
 # --- closed forms ---
@@ -178,7 +193,7 @@ def test_retrack_has_the_gradient_of_its_sum_of_squares(problem):
 def test_erasediff_never_improves_forgetting_less_than_it_says(problem):
     eta = .1
     d, _ = erasediff(problem, eta)(1, gen(3))
-    _, g_u = problem.gradient(noise_states(problem)(gen(3)), unit_eps)
+    _, g_u = problem.gradient(noise_states(problem, False)(gen(3)), unit_eps)
     assert (flat(d) @ flat(g_u) / flat(g_u).square().sum()).item() >= eta - 1e-4
 
 
@@ -216,7 +231,7 @@ def test_a_cut_loss_pulls_no_further_than_its_cut(problem):
 
 def test_climbing_is_minus_descending(problem):
     d, _ = neggrad(problem)(1, gen(1))
-    _, g = problem.gradient(ordinary(problem.denoiser, problem.x_f, 8, gen(1)), unit_eps)
+    _, g = problem.gradient(forget_image(problem, False, n=8)(gen(1)), unit_eps)
     assert_close(flat(d), -flat(g))
 
 

@@ -15,7 +15,7 @@ from torch import autograd
 
 from .schedule import stratified
 from .copies import nearest
-from .states import States, draw, noised
+from .states import States, draw, forget_states, noised
 from .surgery import against, combine, gram, products
 from .unlearn import edit_weigh_project
 from .weights import unit_eps, x0_error, x0_loss
@@ -36,19 +36,19 @@ def ordinary(denoiser, x, n, g):
     picked = x[torch.randint(len(x), (n,), generator=g)]
     return *noised_evenly(denoiser, picked, g), picked
 
-def retained(problem, n, distil):
+def retained(problem, n, paths):
     """A function g -> (loss, gradient) of what must stay, n states a step.
 
-    Noised pictures with themselves as goals or, distil, the base model's own states and beliefs (module `states`)."""
+    Noised pictures with themselves as goals or, paths, the base model's own states and beliefs (module `states`)."""
     x, d = pictures(problem.retain), problem.denoiser
-    return lambda g: problem.gradient(draw(problem.retain, n, g) if distil else ordinary(d, x, n, g), unit_eps)
+    return lambda g: problem.gradient(draw(problem.retain, n, g) if paths else ordinary(d, x, n, g), unit_eps)
 
 # %% ../nbs/17_baselines.ipynb #04d72a5c
-def two(problem, states, merge, *, distil=False, loss=x0_loss, sign=1, name="forget"):
+def two(problem, states, merge, *, paths=False, loss=x0_loss, sign=1, name="forget"):
     """A method of two halves: the gradient g_f of `states(g)`, that of what must stay g_r, and merge(g_f, g_r).
 
     sign: of the logged loss of the first half, whose name is `name`."""
-    kept = retained(problem, problem.size // 2, distil)
+    kept = retained(problem, problem.size // 2, paths)
     def step_gradient(step, g):
         loss_f, g_f = problem.gradient(states(g), unit_eps, loss)
         loss_r, g_r = kept(g)
@@ -56,51 +56,61 @@ def two(problem, states, merge, *, distil=False, loss=x0_loss, sign=1, name="for
     return step_gradient
 
 # %% ../nbs/17_baselines.ipynb #d239e627
-def forget_image(problem):
-    "A function g -> half a batch of ordinary training on the forget images."
-    return lambda g: ordinary(problem.denoiser, problem.x_f, problem.size // 2, g)
+def forget_image(problem, paths, goal=None, n=None):
+    """A function g -> n states of the forget images (None: half a batch); goals: themselves or `goal` [R, C, H, W].
+
+    Noised to any level; paths: a share `path_share` of them on the model's own paths to them, where one is known."""
+    d, x_f, own = problem.denoiser, problem.x_f, problem.own if paths else None
+    if own:
+        end = own.x0 if goal is None else own.x0 + own.shift   # of mirrored paths the mirrored ones
+        own = replace(own, goal=end[:, None].expand_as(own.goal))
+    how = dict(path_share=problem.cfg.path_share, mix_share=0., t_max=1000, sampling="uniform", known=problem.known)
+    goal, n = x_f if goal is None else goal, n or problem.size // 2
+    return lambda g: forget_states(d, x_f, goal, own, n, g, **how)
 
 # %% ../nbs/17_baselines.ipynb #4c28a2e7
-def naive(problem, distil=False):
+def naive(problem, paths=False):
     "Kept pictures only."
-    kept = retained(problem, problem.size, distil)
+    kept = retained(problem, problem.size, paths)
     def step_gradient(step, g):
         loss, g_r = kept(g)
         return g_r, {"retain": loss}
     return step_gradient
 
-def neggrad(problem):
+def neggrad(problem, paths=False):
     "Up the loss of the forget image; no bound below."
+    states = forget_image(problem, paths, n=problem.size)
     def step_gradient(step, g):
-        loss, g_f = problem.gradient(ordinary(problem.denoiser, problem.x_f, problem.size, g), unit_eps)
+        loss, g_f = problem.gradient(states(g), unit_eps)
         return torch._foreach_neg(g_f), {"forget": -loss}
     return step_gradient
 
-def neggrad_retain(problem, c=.1, distil=False):
+def neggrad_retain(problem, c=.1, paths=False):
     "Up the loss of the forget image by a share c, down that of what must stay."
-    return two(problem, forget_image(problem), lambda g_f, g_r: combine(-c, g_f, 1, g_r), distil=distil, sign=-1)
+    return two(problem, forget_image(problem, paths), lambda g_f, g_r: combine(-c, g_f, 1, g_r), paths=paths, sign=-1)
 
-def finetune(problem, c=1., distil=False):
+def finetune(problem, c=1., paths=False):
     "Ordinary training on the surrogate, with weight c, and on what must stay."
     def states(g): return ordinary(problem.denoiser, problem.x_s, problem.size // 2, g)
-    return two(problem, states, lambda g_s, g_r: combine(c, g_s, 1, g_r), distil=distil, name="surrogate")
+    return two(problem, states, lambda g_s, g_r: combine(c, g_s, 1, g_r), paths=paths, name="surrogate")
 
 # %% ../nbs/17_baselines.ipynb #9cbc2870
-def noise_states(problem):
-    "A function g -> noised forget images whose goal makes uniform noise from [0, 1) the right answer for the noise."
+def noise_states(problem, paths):
+    "A function g -> states of the forget images whose goal makes uniform noise from [0, 1) the right answer for the noise."
+    of_image = forget_image(problem, paths)
     def states(g):
-        x_t, t, _ = ordinary(problem.denoiser, problem.x_f, problem.size // 2, g)
+        x_t, t, _ = of_image(g)
         a, s = problem.denoiser.scales(t)
         return x_t, t, (x_t - s * torch.rand(x_t.shape, generator=g).to(x_t)) / a
     return states
 
 # %% ../nbs/17_baselines.ipynb #e3fe47c2
-def erasediff(problem, eta=1e-3, distil=False):
+def erasediff(problem, eta=1e-3, paths=False):
     "EraseDiff (arXiv 2401.05779), to first order, with the coefficient of BOME (arXiv 2209.08709)."
     def merge(g_u, g_r):
         uu, ur, _ = products(g_u, g_r)
         return combine(max(eta - ur / uu, 0.), g_u, 1, g_r)
-    return two(problem, noise_states(problem), merge, distil=distil)
+    return two(problem, noise_states(problem, paths), merge, paths=paths)
 
 # %% ../nbs/17_baselines.ipynb #cf13921e
 def salient(problem, share, batches=4):
@@ -113,13 +123,13 @@ def salient(problem, share, batches=4):
     return [(v >= least).to(v) for v in total]
 
 # %% ../nbs/17_baselines.ipynb #da90b93d
-def salun(problem, share=.5, alpha=1., distil=False):
+def salun(problem, share=.5, alpha=1., paths=False):
     """The mask of SalUn (arXiv 2310.12508): towards noise, plus alpha times what must stay, for the salient weights.
 
     share: of the weights that move. The paper's own target needs labels."""
     mask = salient(problem, share)
     def merge(g_u, g_r): return torch._foreach_mul(combine(1, g_u, alpha, g_r), mask)
-    return two(problem, noise_states(problem), merge, distil=distil)
+    return two(problem, noise_states(problem, paths), merge, paths=paths)
 
 # %% ../nbs/17_baselines.ipynb #36e59406
 def fisher(problem, n=32):
@@ -132,17 +142,17 @@ def fisher(problem, n=32):
     return total
 
 # %% ../nbs/17_baselines.ipynb #336a7ec9
-def selective_amnesia(problem, lam=10., distil=False):
+def selective_amnesia(problem, lam=10., paths=False):
     """Selective Amnesia (arXiv 2305.10120): towards a picture of noise, replay, and a spring on each weight.
 
     The spring is lam F_i (theta_i - theta0_i)^2 with the Fisher information F. The paper noises noise pictures; here
     x_f is noised, and noise is the goal."""
-    F, params = fisher(problem), problem.parametrization.params
+    F, params, of_image = fisher(problem), problem.parametrization.params, forget_image(problem, paths)
     def states(g):
-        x_t, t, goal = ordinary(problem.denoiser, problem.x_f, problem.size // 2, g)
+        x_t, t, goal = of_image(g)
         return x_t, t, torch.rand(goal.shape, generator=g).to(goal) * 2 - 1
     def merge(g_u, g_r): return combine(1, combine(1, g_u, 1, g_r), 2 * lam, torch._foreach_mul(F, params))
-    return two(problem, states, merge, distil=distil)
+    return two(problem, states, merge, paths=paths)
 
 # %% ../nbs/17_baselines.ipynb #26e5d258
 def importance(m, x, x_f, a, s, lam):
@@ -159,7 +169,7 @@ def norm(g): return sqrt(products(g, g)[0])
 
 def climb_length(problem, c):
     "c times the norm of the base model's gradient on kept pictures: how long a climb is."
-    return c * norm(retained(problem, problem.size, distil=False)(torch.Generator().manual_seed(problem.cfg.seed))[1])
+    return c * norm(retained(problem, problem.size, paths=False)(torch.Generator().manual_seed(problem.cfg.seed))[1])
 
 # %% ../nbs/17_baselines.ipynb #8c1f60a5
 def siss(problem, lam=.5, c=.1, t_min=0):
@@ -181,10 +191,10 @@ def siss(problem, lam=.5, c=.1, t_min=0):
         return climb(g_x, g_f, up), {"forget": -loss_f.item(), "retain": loss_x.item()}
     return step_gradient
 
-def siss_no_is(problem, c=.1, distil=False):
+def siss_no_is(problem, c=.1, paths=False):
     "SISS without importance sampling: two batches."
     up = climb_length(problem, c)
-    return two(problem, forget_image(problem), lambda g_f, g_r: climb(g_r, g_f, up), distil=distil, sign=-1)
+    return two(problem, forget_image(problem, paths), lambda g_f, g_r: climb(g_r, g_f, up), paths=paths, sign=-1)
 
 # %% ../nbs/17_baselines.ipynb #b431e88e
 def restrict(g_f, g_r, lam=1.):
@@ -199,10 +209,10 @@ def cut_loss(alpha):
     return loss
 
 # %% ../nbs/17_baselines.ipynb #7802ba65
-def rgd(problem, alpha=.1, lam=5., distil=False):
+def rgd(problem, alpha=.1, lam=5., paths=False):
     "Restricted gradient (arXiv 2412.07808)."
     def merge(g_f, g_r): return restrict(g_f, g_r, lam)
-    return two(problem, forget_image(problem), merge, distil=distil, loss=cut_loss(alpha))
+    return two(problem, forget_image(problem, paths), merge, paths=paths, loss=cut_loss(alpha))
 
 # %% ../nbs/17_baselines.ipynb #7c6e7380
 def concept_cut(g_f, g_r, lam=1.):
@@ -211,12 +221,10 @@ def concept_cut(g_f, g_r, lam=1.):
     return [cut(f, r, *row) for row, f, r in zip(gram(g_f, g_r), g_f, g_r)]
 
 # %% ../nbs/17_baselines.ipynb #e6c607b9
-def doco(problem, lam=1., distil=False):
+def doco(problem, lam=1., paths=False):
     "DoCo's surgery (arXiv 2405.15304) on the surrogate's loss."
-    def states(g):
-        x_t, t, _ = ordinary(problem.denoiser, problem.x_f, problem.size // 2, g)
-        return x_t, t, problem.x_s[torch.zeros_like(t)]
-    return two(problem, states, lambda g_f, g_r: concept_cut(g_f, g_r, lam), distil=distil)
+    states = forget_image(problem, paths, goal=problem.x_s)
+    return two(problem, states, lambda g_f, g_r: concept_cut(g_f, g_r, lam), paths=paths)
 
 # %% ../nbs/17_baselines.ipynb #8ee59afa
 def towards(denoiser, x_t, t, y):
@@ -227,21 +235,21 @@ def towards(denoiser, x_t, t, y):
     return torch.einsum("bk,kchw->bchw", p, y)
 
 # %% ../nbs/17_baselines.ipynb #a748896a
-def retrack(problem, K=10, lam=.005, distil=False):
+def retrack(problem, K=10, lam=.005, paths=False):
     "ReTrack (arXiv 2509.13007): lam towards the K nearest kept pictures, 1 - lam for what must stay."
     x = pictures(problem.retain)
-    y = x[nearest(x, problem.x_f[:1], K)]
+    y, of_image = x[nearest(x, problem.x_f[:1], K)], forget_image(problem, paths)
     def states(g):
-        x_t, t, _ = ordinary(problem.denoiser, problem.x_f, problem.size // 2, g)
+        x_t, t, _ = of_image(g)
         return x_t, t, towards(problem.denoiser, x_t, t, y)
-    return two(problem, states, lambda g_f, g_r: combine(lam, g_f, 1 - lam, g_r), distil=distil)
+    return two(problem, states, lambda g_f, g_r: combine(lam, g_f, 1 - lam, g_r), paths=paths)
 
 # %% ../nbs/17_baselines.ipynb #b474210b
-def paper(problem, distil=False):
+def paper(problem, paths=False):
     """Edit, weigh, project as the abstract of arXiv 2603.10445 names them, with noised pictures as what must stay.
 
     For a `Config` with damping, path_share and mix_share 0 and t_max T."""
-    if distil: return edit_weigh_project(problem)
+    if paths: return edit_weigh_project(problem)
     kept = noised(problem.denoiser, pictures(problem.retain), 25, goal="picture")
     return edit_weigh_project(replace(problem, retain=kept))
 

@@ -35,10 +35,10 @@ def every(**choices):
     return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 RAW = dict(damping=(0.,))                                     # rivals move all weights, all directions alike
-TWO = dict(**RAW, lr=(2e-4, 8e-4), distil=(False, True))
+TWO = dict(**RAW, lr=(2e-4, 8e-4), paths=(False, True))
 OURS = every(surgery=("vaccine",), forget_batch=(18,), retain_batch=(14,), t_max=(400,),
              lr=(3e-3, 4.5e-3, 6e-3, 9e-3), mix_share=(.25, .5))
-PAPER = every(**RAW, path_share=(0.,), mix_share=(0.,), t_max=(1000,), lr=(2e-4, 8e-4), distil=(False, True),
+PAPER = every(**RAW, path_share=(0.,), mix_share=(0.,), t_max=(1000,), lr=(2e-4, 8e-4), paths=(False, True),
               weight=("min_snr", "p2"))
 SISS = every(**RAW, lr=(2e-4, 8e-4), c=(.03, .1, .3, 1.))
 
