@@ -96,7 +96,7 @@ def finetune(problem, c=1., paths=False):
 
 # %% ../nbs/17_baselines.ipynb #9cbc2870
 def noise_states(problem, paths):
-    "A function g -> states of the forget images whose goal makes uniform noise from [0, 1) the right answer for the noise."
+    "A function g -> states of the forget images; by their goals uniform noise from [0, 1) is the answer for the noise."
     of_image = forget_image(problem, paths)
     def states(g):
         x_t, t, _ = of_image(g)
