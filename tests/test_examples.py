@@ -1,28 +1,90 @@
-"The examples in the docstrings of the names that people call first: they run, one after another, as they stand."
+"The examples in the docstrings: they run as they stand, and no public name is without one but for the exceptions here."
 import doctest
+import pkgutil
+from functools import cached_property
+from importlib import import_module
+from inspect import isclass
 
 import pytest
+import torch
 
+import unlearn_nb
 from unlearn_nb.audit import audit
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.hotfix import Hotfix, merge
 from unlearn_nb.report import evaluate
-from unlearn_nb.states import Request, default_retain
+from unlearn_nb.states import Request, States, default_retain, generate
 from unlearn_nb.surrogates import check, propose
 from unlearn_nb.unlearn import Config, unlearn
 from unlearn_nb.zoo import load
 
-FIRST = [load, Denoiser.sample, propose, check, Request, default_retain, Config.many, unlearn, Hotfix, merge, evaluate,
-         audit]   # each goes on where the one before has ended
+NAMES = [m.name for m in pkgutil.iter_modules(unlearn_nb.__path__) if not m.name.startswith('_')]
+MODULES = {name: import_module(f'unlearn_nb.{name}') for name in NAMES}
+LATER = {   # modules that were not yet looked through
+    'audit', 'baselines', 'bench', 'checkpoint', 'cli', 'copies', 'erasers', 'faces', 'families', 'figures', 'files',
+    'flags', 'hotfix', 'leaderboard', 'report', 'studio', 'train', 'train_text', 'unlearn', 'words', 'zoo'}
+FIRST = [Config, Denoiser, Hotfix, Request, States, audit, check, default_retain, evaluate, generate, load, merge,
+         propose, unlearn]   # what people call first: the examples of all modules may use it
+TYPES = staticmethod, classmethod, property, cached_property
+WITHOUT = {   # public names without an example, and why
+    'schedule.Schedule': 'stands for `DDPM` and `Flow`',
+    'schedule.DDPM': 'its cell in the lesson is full; `Flow`, its sibling, shows the same',
+    'metrics.lpips': 'wants torchvision, and weights from the network',
+}
+
+
+@pytest.fixture(scope='module')
+def shared():
+    "What the examples share: two built-in models, one request, and a hotfix of two steps."
+    model, flags = load('faces', device='cpu'), load('flags', device='cpu')
+    x = model.sample([7, 8, 9, 10], steps=10)   # [4, 3, 32, 32]
+    image = model.decode(x)[0]
+    surrogate = propose(model, image, seeds=range(2), steps=5)
+    request = Request(image, surrogate, seed=7, steps=10, copies=())
+    retain = default_retain(model, request, n=8, near=0, steps=5)
+    cfg = Config.of(model, steps=2, retain_images=8, near_images=0, pool=16, sampling_steps=5)
+    return dict(model=model, flags=flags, x=x, image=image, surrogate=surrogate, request=request, retain=retain,
+                cfg=cfg, fix=unlearn(model, request, retain, cfg), torch=torch)
+
+
+def bare(f):
+    "The function that a member of a class is made of."
+    return f.__func__ if isinstance(f, TYPES[:2]) else f.fget if isinstance(f, property) else getattr(f, 'func', f)
+
+
+def public(module):
+    "{name: function or class} of all that a module makes public: its names, and the members of public classes."
+    def mine(f): return callable(f) and getattr(f, '__module__', '') == module.__name__ and f.__name__ != '<lambda>'
+    found = {name: f for name in module.__all__ if mine(f := getattr(module, name))}
+    for c in {c for m in MODULES.values() for name in m.__all__ if isclass(c := getattr(m, name))}:
+        members = {name: bare(f) for name, f in vars(c).items() if not name.startswith('_') or name == '__call__'}
+        found |= {f'{c.__name__}.{name}': f for name, f in members.items() if mine(f) and not isclass(f)}
+    return found
+
+
+def lacks(what, f):
+    "What a name lacks: a docstring, or an example. Methods that stand in their class are shown by that of the class."
+    told, name = f.__doc__ or '', what.split('.')[-1]
+    if not told or told.startswith(f'{f.__name__}('): return 'a docstring'   # that of a dataclass
+    inside = f.__qualname__ == what if '.' in what else False
+    return None if '>>> ' in told or inside or f.__name__ != name else 'an example'
+
+
+@pytest.mark.parametrize('name', [name for name in MODULES if name not in LATER])
+def test_every_public_name_is_told_and_shown(name):
+    found = {what: lacks(what, f) for what, f in public(MODULES[name]).items()}
+    missing = {f'{name}.{what}': v for what, v in found.items() if v}
+    assert set(missing) == {k for k in WITHOUT if k.split('.')[0] == name}, missing
 
 
 @pytest.mark.slow
-def test_examples(tmp_path, monkeypatch):
+@pytest.mark.parametrize('name', MODULES)
+def test_examples(name, shared, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    names = {f.__name__: f for f in FIRST} | {'Config': Config}
-    for f in FIRST:
-        test = doctest.DocTestParser().get_doctest(f.__doc__, names, f.__qualname__, None, 0)
-        said = []
-        assert test.examples, f'{f.__qualname__} has no example'
-        assert not doctest.DocTestRunner().run(test, out=said.append, clear_globs=False).failed, '\n'.join(said)
-        names = test.globs
+    module, said = MODULES[name], []
+    assert not set(module.__all__) & set(shared), 'the examples share a name that is public here'
+    names = {f.__name__: f for f in FIRST} | vars(module) | shared
+    for what, f in public(module).items():
+        test = doctest.DocTestParser().get_doctest(f.__doc__ or '', names, f'{name}.{what}', None, 0)
+        runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+        assert not runner.run(test, out=said.append).failed, '\n'.join(said)

@@ -106,7 +106,11 @@ class Denoiser:
 
     x0 is a clean image [B, C, H, W] in [-1, 1], x_t its noised version at timesteps t [B].
     name and revision say which base model it is; side: of x0 (height, width), if the net does not say
-    it. ValueError for parts that do not fit. Of latents: `LatentDenoiser`, of words: `TextDenoiser`."""
+    it. ValueError for parts that do not fit. Of latents: `LatentDenoiser`, of words: `TextDenoiser`.
+
+    >>> Denoiser(model.net, model.scheduler, name="mine").shape
+    (3, 32, 32)
+    """
 
     nets = ("UNet2DModel",)                 # classes of diffusers that fit
     flows = ("SD3Transformer2DModel", "FluxTransformer2DModel")   # of all that fit somewhere
@@ -133,13 +137,17 @@ class Denoiser:
     prediction = property(lambda self: self.schedule.prediction)
     T = property(lambda self: self.schedule.T)
 
-    @property
-    def grey(self): return (self.vae.config.in_channels if self.vae else self.shape[0]) == 1
 
-    @property
-    def layout(self):
-        "The memory format that is fastest: channels last for convolutions, contiguous for tokens."
-        return torch.channels_last if self.kind.startswith("UNet") else torch.contiguous_format
+# %% ../nbs/02_denoiser.ipynb #c83ea063
+def is_grey(self):
+    "Has a picture one channel?"
+    return (self.vae.config.in_channels if self.vae else self.shape[0]) == 1
+
+def layout_of(self):
+    "The memory format that is fastest: channels last for convolutions, contiguous for tokens."
+    return torch.channels_last if self.kind.startswith("UNet") else torch.contiguous_format
+
+Denoiser.grey, Denoiser.layout = property(is_grey), property(layout_of)
 
 # %% ../nbs/02_denoiser.ipynb #a7545a98
 LOCKS, GUARD = WeakKeyDictionary(), RLock()   # not in the denoiser, which can be copied
@@ -153,7 +161,11 @@ Denoiser.lock = property(lock_of)
 # %% ../nbs/02_denoiser.ipynb #dc7f891b
 @patch
 def facts(self: Denoiser):
-    "What it makes, in a few words, for `repr`."
+    """What it makes, in a few words, for `repr`: a list.
+
+    >>> model.facts()
+    ["'faces': 3 x 32 x 32"]
+    """
     return [f"{self.name!r}: {' x '.join(map(str, self.shape))}"]
 
 @patch
@@ -165,68 +177,116 @@ def __repr__(self: Denoiser):
 # %% ../nbs/02_denoiser.ipynb #7a7fbcf5
 @patch
 def scales(self: Denoiser, t):
-    "a and s of timesteps t [B], each [B, 1, 1, 1]."
+    """a and s of timesteps t [B], each [B, 1, 1, 1]: x_t = a x0 + s eps.
+
+    >>> [round(v.item(), 3) for v in model.scales(torch.tensor([500]))]
+    [0.279, 0.96]
+    """
     return self.schedule.scales(t)
 
 @patch
 def snr(self: Denoiser, t):
-    "Signal-to-noise ratio [B] of timesteps t [B]."
+    """Signal-to-noise ratio (a / s)^2 [B] of timesteps t [B].
+
+    >>> model.snr(torch.tensor([100, 500]))
+    tensor([8.5366, 0.0844])
+    """
     return self.schedule.snr(t)
 
 @patch
 def noise(self: Denoiser, x0, eps, t):
-    "x_t = a x0 + s eps, all [B, C, H, W], at timesteps t [B]."
+    """x_t = a x0 + s eps, all [B, C, H, W], at timesteps t [B].
+
+    >>> x_t = model.noise(x, torch.randn_like(x), model.level(500, len(x)))
+    """
     return self.schedule.noise(x0, eps, t)
 
 @patch
 def gain(self: Denoiser, t):
-    "Error of the clean image per error of the output at timesteps t [B], as [B, 1, 1, 1]."
+    """Error of the clean image per error of the output at timesteps t [B], as [B, 1, 1, 1].
+
+    >>> model.gain(torch.tensor([100, 500])).flatten()   # of v: s
+    tensor([0.3238, 0.9603])
+    """
     return self.schedule.gain(t)
 
 # %% ../nbs/02_denoiser.ipynb #0127dc8c
 @patch
 def target(self: Denoiser, x_t, x0, t):
-    "What the net must output at x_t, timesteps t [B], if its clean image were x0, all [B, C, H, W]."
+    """What the net must output at x_t, timesteps t [B], if its clean image were x0, all [B, C, H, W].
+
+    >>> t = model.level(500, len(x))
+    >>> out = model.target(model.noise(x, torch.randn_like(x), t), x, t)
+    """
     return self.schedule.target(x_t, x0, t)
 
 @patch
 def clean(self: Denoiser, x_t, out, t):
-    "The clean image [B, C, H, W] that an output of the net at x_t, timesteps t [B], stands for."
+    """The clean image [B, C, H, W] that an output of the net at x_t, timesteps t [B], stands for.
+
+    >>> t, x_t = model.level(500, len(x)), torch.randn_like(x)
+    >>> torch.allclose(model.clean(x_t, model.target(x_t, x, t), t), x, atol=1e-5)   # undoes `target`
+    True
+    """
     return self.schedule.clean(x_t, out, t)
 
+# %% ../nbs/02_denoiser.ipynb #5fea59b0
 @patch
 def level(self: Denoiser, t, n):
-    "The one timestep t for n images, as [n]."
+    """The one timestep t for n images, as [n].
+
+    >>> model.level(500, 3)
+    tensor([500, 500, 500])
+    """
     return self.schedule.level(t, n)
 
 @patch
 def timesteps(self: Denoiser, start, steps):
-    "Timesteps from `start` down, in at most `steps` steps; the last step leads to the clean image."
+    """Timesteps from `start` down, in at most `steps` steps; the last step leads to the clean image.
+    ValueError for a level that does not exist, or fewer than one step.
+
+    >>> model.timesteps(999, 4)
+    tensor([999, 749, 499, 249])
+    """
     return self.schedule.timesteps(start, steps)
 
 @patch
 def of_thousand(self: Denoiser, t):
-    "The timestep that stands in this model where t stands among 1000; the last one at most."
+    """The timestep that stands in this model where t stands among 1000; the last one at most.
+
+    >>> model.of_thousand(1000), flags.of_thousand(250)   # both count 1000
+    (999, 250)
+    """
     return min(round(t * self.T / 1000), self.T - 1)
 
 # %% ../nbs/02_denoiser.ipynb #f7d0ba62
 @patch
 def condition(self: Denoiser, cond):
-    "What the net is told beside x_t and t: nothing. ValueError for a condition."
+    """What the net is told beside x_t and t, as a dict: nothing. ValueError for a condition.
+
+    >>> model.condition(None)
+    {}
+    """
     if cond is not None:
         raise ValueError("cond was given, but this model makes pictures without words; leave it out")
     return {}
 
 @patch
 def ask(self: Denoiser, x_t, t, said):
-    "What the net itself says of x_t [B, C, H, W] when it is told t [B] and more (a dict)."
+    """What the net itself says of x_t [B, C, H, W] when it is told t [B] and more (a dict).
+
+    >>> out = model.ask(x, model.level(0, len(x)), {})   # [4, 3, 32, 32]
+    """
     return self.net(x_t, timestep=t, **said).sample
 
 @patch
 def __call__(self: Denoiser, x_t, t, cond=None):
     """The net's output [B, C, H, W], float32, at x_t [B, C, H, W] and timesteps t [B].
 
-    cond [B]: of a model with words, the prompt of each (`prompt_ids`); without guidance."""
+    cond [B]: of a model with words, the prompt of each (`prompt_ids`); without guidance.
+
+    >>> with torch.no_grad(): out = model(x, model.level(0, len(x)))   # [4, 3, 32, 32]
+    """
     x_t = x_t.to(self.dtype, memory_format=self.layout)
     out = self.ask(x_t, self.schedule.told(t), self.condition(cond))
     return out[:, :self.shape[0]].float()   # without a learned variance
@@ -236,17 +296,28 @@ def __call__(self: Denoiser, x_t, t, cond=None):
 def cfg_outputs(self: Denoiser, x_t, t, cond=None):
     """The net's outputs [B, C, H, W] at x_t, all at the one timestep t, as a tuple: one, or two if guided.
 
-    The second is the answer to no words, of a `TextDenoiser` with guidance."""
+    The second is the answer to no words, of a `TextDenoiser` with guidance.
+
+    >>> with torch.no_grad(): print(len(model.cfg_outputs(x, 500)))
+    1
+    """
     return (self(x_t, self.level(t, len(x_t)), cond),)
 
 @patch
 def apply_cfg(self: Denoiser, out, uncond=None):
-    "The output that guidance makes of `cfg_outputs`; without guidance the output itself."
+    """The output that guidance makes of `cfg_outputs`; without guidance the output itself.
+
+    >>> model.apply_cfg(x) is x
+    True
+    """
     return out
 
 @patch
 def predict(self: Denoiser, x_t, t, cond=None):
-    "The clean image that the net believes in at x_t [B, C, H, W], all at the one timestep t, guided."
+    """The clean image that the net believes in at x_t [B, C, H, W], all at the one timestep t, guided.
+
+    >>> with torch.no_grad(): x0 = model.predict(torch.randn_like(x), 999)   # [4, 3, 32, 32]
+    """
     out = self.apply_cfg(*self.cfg_outputs(x_t, t, cond))
     return self.clean(x_t, out, self.level(t, len(x_t)))
 
@@ -255,7 +326,10 @@ def predict(self: Denoiser, x_t, t, cond=None):
 def step(self: Denoiser, x_t, x0, t, t_next, eta=0., noise=None):
     """From x_t [B, C, H, W] at timestep t to t_next < t (-1: clean), if the clean image is x0.
 
-    x0 is clipped where the scheduler's config says so; else `Schedule.step`."""
+    x0 is clipped where the scheduler's config says so; else `Schedule.step`.
+
+    >>> x_t = model.step(torch.randn_like(x), x, 999, 750)   # [4, 3, 32, 32], at timestep 750
+    """
     if self.clip: x0 = x0.clamp(-self.clip, self.clip)
     return self.schedule.step(x_t, x0, t, t_next, eta, noise)
 
@@ -264,7 +338,11 @@ def step(self: Denoiser, x_t, x0, t, t_next, eta=0., noise=None):
 def path(self: Denoiser, x_t, start, steps, gens, eta=0., cond=None):
     """The path from x_t [B, C, H, W] at timestep start: (t, x_t) before each step, at last (-1, x0).
 
-    gens: generators, one for each image, of the noise that eta > 0 draws."""
+    gens: generators, one for each image, of the noise that eta > 0 draws.
+
+    >>> [t for t, x_t in model.path(torch.randn_like(x), 999, 4, [])]
+    [999, 749, 499, 249, -1]
+    """
     timesteps = self.timesteps(start, steps).tolist()
     for t, t_next in zip(timesteps, timesteps[1:] + [-1]):
         yield t, x_t
@@ -275,7 +353,11 @@ def path(self: Denoiser, x_t, start, steps, gens, eta=0., cond=None):
 # %% ../nbs/02_denoiser.ipynb #d6b31a4b
 @patch
 def prompt_ids(self: Denoiser, prompt, n):
-    "None: this model makes pictures without words. ValueError if it is given any."
+    """None: this model makes pictures without words. ValueError if it is given any.
+
+    >>> print(model.prompt_ids(None, 4))
+    None
+    """
     prompts = [prompt] if prompt is None or isinstance(prompt, str) else prompt
     given = next((p for p in prompts if p is not None), None)
     if given is None: return None
@@ -285,10 +367,15 @@ def prompt_ids(self: Denoiser, prompt, n):
 def max_batch(denoiser, batch):
     """`batch`, or fewer if the pictures are large: 16 of 256 x 256 pixels.
 
-    Of a model with words, whose net is large and guided, 8 latents of 128 x 128."""
+    Of a model with words, whose net is large and guided, 8 latents of 128 x 128.
+
+    >>> max_batch(model, 64)
+    64
+    """
     values = 2 ** (17 if denoiser.prompts else 20)
     return min(batch, max(1, values // (denoiser.shape[1] * denoiser.shape[2])))
 
+# %% ../nbs/02_denoiser.ipynb #72f86301
 @patch
 @torch.no_grad()
 def sample(self: Denoiser, seeds, steps=25, eta=0., batch=64, prompt=None):
@@ -311,7 +398,12 @@ def sample(self: Denoiser, seeds, steps=25, eta=0., batch=64, prompt=None):
 @patch
 @torch.no_grad()
 def reconstruct(self: Denoiser, x0, t, seeds, steps=25, eta=0., prompt=None):
-    "Noise the image x0 [1, C, H, W] to timestep t and denoise it again, once per seed: [B, C, H, W]."
+    """Noise the image x0 [1, C, H, W] to timestep t and denoise it again, once per seed: [B, C, H, W].
+
+    steps, eta, prompt: as for `sample`. ValueError for an image of another shape, or a level that is not there.
+
+    >>> again = model.reconstruct(x[:1], 250, seeds=range(3), steps=5)   # [3, 3, 32, 32]
+    """
     self.timesteps(t, steps)   # is there such a level?
     if tuple(x0.shape[1:]) != self.shape:
         wanted = ", ".join(map(str, self.shape))
@@ -326,7 +418,11 @@ def reconstruct(self: Denoiser, x0, t, seeds, steps=25, eta=0., prompt=None):
 def opaque(image):
     """A PIL picture of any mode in RGB: over white where it is transparent, 16 bits scaled to 8.
 
-    ValueError for modes I and F, whose values have no agreed range."""
+    ValueError for modes I and F, whose values have no agreed range.
+
+    >>> opaque(Image.new("RGBA", (8, 8))).getpixel((0, 0))
+    (255, 255, 255)
+    """
     if image.mode in ("I", "F"):
         raise ValueError(f"a picture of mode {image.mode} has no agreed range of values; convert it to L or RGB")
     if image.mode.startswith("I;16"):
@@ -338,17 +434,30 @@ def opaque(image):
 # %% ../nbs/02_denoiser.ipynb #b036c778
 @patch
 def latents(self: Denoiser, x):
-    "Pixels [B, 3, H, W] in [-1, 1] -> x0: of a model of pixels x itself."
+    """Pixels [B, 3, H, W] in [-1, 1] -> x0: of a model of pixels x itself.
+
+    >>> model.latents(x) is x
+    True
+    """
     return x
 
 @patch
 def pixels(self: Denoiser, x0):
-    "x0 [B, C, H, W] -> pixels [B, 3, H, W]: of a model of pixels x0 itself, grey three times."
+    """x0 [B, C, H, W] -> pixels [B, 3, H, W]: of a model of pixels x0 itself, grey three times.
+
+    >>> model.pixels(x) is x
+    True
+    """
     return x0.expand(-1, 3, -1, -1) if self.shape[0] == 1 else x0
 
+# %% ../nbs/02_denoiser.ipynb #69ee50ea
 @patch
 def encode(self: Denoiser, images):
-    "PIL images of the model's size -> x0 [B, C, H, W] on its device. ValueError for another size."
+    """PIL images of the model's size -> x0 [B, C, H, W] on its device. ValueError for another size.
+
+    >>> model.encode([image, surrogate]).shape
+    torch.Size([2, 3, 32, 32])
+    """
     W, H = self.size
     for image in images:
         if image.size != (W, H):
@@ -361,7 +470,11 @@ def encode(self: Denoiser, images):
 
 @patch
 def decode(self: Denoiser, x0):
-    "x0 [B, C, H, W] -> PIL images; values outside [-1, 1] are cut."
+    """x0 [B, C, H, W] -> PIL images; values outside [-1, 1] are cut.
+
+    >>> [picture.size for picture in model.decode(x)]
+    [(32, 32), (32, 32), (32, 32), (32, 32)]
+    """
     x = ((self.pixels(x0).clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     images = [Image.fromarray(v) for v in x.permute(0, 2, 3, 1).cpu().numpy()]
     return [image.convert("L") for image in images] if self.grey else images
@@ -372,7 +485,12 @@ MOST_PIXELS = 50_000_000
 def read_image(file):
     """A PNG, JPEG or WebP file as a PIL image in RGB, `opaque`, turned as its EXIF says.
 
-    ValueError, one sentence that names it, for others."""
+    ValueError, one sentence that names it, for others.
+
+    >>> image.save("seven.png")
+    >>> read_image("seven.png") == image
+    True
+    """
     try:
         with Image.open(file, formats=("PNG", "JPEG", "WEBP")) as image:
             if image.width * image.height > MOST_PIXELS:

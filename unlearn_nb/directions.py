@@ -21,7 +21,12 @@ from .weights import unit_v
 class Factors:
     """Second moments at one layer over what must stay, each with mean eigenvalue 1 (K-FAC).
 
-    A and kernel together stand for the moments of patches: kernel x A (Kronecker)."""
+    A and kernel together stand for the moments of patches: kernel x A (Kronecker).
+
+    >>> factors = layer_factors(model, retain, n=4)["conv_in.weight"]
+    >>> factors.A.shape, factors.kernel.shape, round(factors.A.trace().item())
+    (torch.Size([3, 3]), torch.Size([9, 9]), 3)
+    """
     A: Tensor        # [C, C] of what enters, between channels
     kernel: Tensor   # [k, k] of what enters, between places under the kernel (linear layer: k = 1)
     G: Tensor        # [O, O] of what random errors of the answer give back to what leaves
@@ -87,18 +92,27 @@ class Sums:
 WIDEST = 2048   # channels; the eigenvectors of a wider layer would take longer than the rest
 
 def layers_of(net):
-    "{weight's name: layer} of the convolutions and linear layers of at most `WIDEST` channels."
+    """{weight's name: layer} of the convolutions and linear layers of at most `WIDEST` channels.
+
+    >>> list(layers_of(model.net))[0]
+    'conv_in.weight'
+    """
     kinds = torch.nn.Linear, torch.nn.Conv2d
     found = {f"{k}.weight": m for k, m in net.named_modules() if isinstance(m, kinds) and getattr(m, "groups", 1) == 1}
     return {k: m for k, m in found.items() if max(m.weight.shape[:2]) <= WIDEST}
 
+# %% ../nbs/09_directions.ipynb #7df1b237
 def layer_factors(denoiser, retain, w=unit_v, n=None, seed=0):
     """{weight's name: `Factors`} of each convolution and linear layer that runs, float32.
 
     None of layers with more than `WIDEST` channels: those stay as they are. At n states of what must
     stay (None: 48; 256 of a model with words, whose pictures differ more), or all there are.
     w(snr): the weight of the retain loss, which says at which timesteps errors count.
-    Martens and Grosse 2015; convolutions: Grosse and Martens 2016, with patches split once more."""
+    Martens and Grosse 2015; convolutions: Grosse and Martens 2016, with patches split once more.
+
+    >>> len(layer_factors(model, retain, n=4)) == len(layers_of(model.net))
+    True
+    """
     layers = layers_of(denoiser.net)
     sums, trained = Sums(layers), [(p, p.requires_grad) for p in denoiser.net.parameters()]
     handles = [m.register_forward_hook(sums.hook(k)) for k, m in layers.items()]
@@ -121,12 +135,22 @@ def layer_factors(denoiser, retain, w=unit_v, n=None, seed=0):
 
 # %% ../nbs/09_directions.ipynb #403a388c
 def by_place(w):
-    "The numbers of a weight [O, C, ...] as [O, k, C]: of each of its k places those of all channels."
+    """The numbers of a weight [O, C, ...] as [O, k, C]: of each of its k places those of all channels.
+
+    >>> by_place(torch.zeros(8, 4, 3, 3)).shape
+    torch.Size([8, 9, 4])
+    """
     return w.view(*w.shape[:2], -1).transpose(1, 2)
 
 @dataclass(frozen=True)
 class Basis:
-    "Directions of one weight [O, C, ...], k places: eigenvectors in columns, and their reach."
+    """Directions of one weight [O, C, ...], k places: eigenvectors in columns, and their reach.
+
+    >>> basis = eigenbases(layer_factors(model, retain, n=4))["conv_in.weight"]
+    >>> weight = model.net.conv_in.weight.detach()
+    >>> basis.from_basis(basis.to_basis(weight), weight).shape == weight.shape
+    True
+    """
     G: Tensor        # [O, O]
     kernel: Tensor   # [k, k]
     A: Tensor        # [C, C]
@@ -159,7 +183,12 @@ def eigenbases(factors, damping=.01):
 
     reach is 1 / sqrt((l_G + damping)(l_kernel l_A + damping)) of the eigenvalues l, brought to at
     most 1; and that times 1 / sqrt((S + damping) / (1 + damping)), of the layer's strength S in
-    units of the middle one's."""
+    units of the middle one's.
+
+    >>> bases = eigenbases(layer_factors(model, retain, n=4), damping=.01)
+    >>> bases["conv_in.weight"].reach.max() < 100
+    tensor(True)
+    """
     bases, found = {}, [f.strength for f in factors.values() if f.strength]
     middle = median(found) if found else 1.
     for name, f in factors.items():

@@ -39,14 +39,22 @@ def check_pair(a, b):
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of pictures [B, C, H, W] in [-1, 1], row by row: [B].
 
-    Infinite where they are equal."""
+    Infinite where they are equal. ValueError for other shapes.
+
+    >>> psnr(x, x + .02).round()
+    tensor([40., 40., 40., 40.])
+    """
     check_pair(a, b)
     return 10 * torch.log10(4 / (a - b).square().flatten(1).mean(1))
 
 def ssim(a, b):
     """Structural similarity of pictures [B, C, H, W] in [-1, 1], row by row: [B], 1 where equal.
 
-    Wang et al. 2004; a Gaussian window of 11 pixels, borders mirrored. ValueError for less."""
+    Wang et al. 2004; a Gaussian window of 11 pixels, borders mirrored. ValueError for less.
+
+    >>> ssim(x[:2], x[:2])
+    tensor([1., 1.])
+    """
     from torchmetrics.functional.image import structural_similarity_index_measure   # takes seconds
     check_pair(a, b)
     if min(a.shape[-2:]) < 11:
@@ -73,7 +81,13 @@ def lpips(a, b):
 # %% ../nbs/03_metrics.ipynb #405ff900
 @torch.no_grad()
 def describe(x, batch=256):
-    "Unit vectors [B, 64] that say who is in the pictures x [B, 3, H, W] (values in [-1, 1])."
+    """Unit vectors [B, 64] that say who is in the pictures x [B, 3, H, W] (values in [-1, 1]).
+
+    By `face_descriptor`. ValueError for other shapes.
+
+    >>> describe(x).shape
+    torch.Size([4, 64])
+    """
     check_pictures(x)
     return torch.cat([face_descriptor()(part) for part in x.float().cpu().split(batch)])
 
@@ -82,7 +96,11 @@ describe.name = "face descriptor"   # what a report calls it
 def similarity(a, b, describe=describe):
     """Cosine of the descriptors of pictures a and b, row by row: [B].
 
-    describe: pictures [B, 3, H, W] -> unit vectors [B, D]."""
+    describe: pictures [B, 3, H, W] -> unit vectors [B, D].
+
+    >>> similarity(x[:2], x[:2])   # somebody and themselves
+    tensor([1.0000, 1.0000])
+    """
     check_pair(a, b)
     return (describe(a) * describe(b)).sum(-1)
 
@@ -137,7 +155,14 @@ def sscd(file=None, sha256=SSCD_SHA256):
 
     Without a file: torch's cache of checkpoints, downloaded once. As its authors recommend: shorter
     side 288 pixels, mean and deviation of ImageNet. FileNotFoundError without file and network,
-    ValueError for another SHA-256."""
+    ValueError for another SHA-256.
+
+    >>> net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())   # in the place of theirs
+    >>> torch.jit.trace(net, x).save("copies.pt")
+    >>> describe = sscd("copies.pt", sha256=hashlib.sha256(Path("copies.pt").read_bytes()).hexdigest())
+    >>> describe(x).shape
+    torch.Size([4, 48])
+    """
     if file is None:
         file = Path(torch.hub.get_dir()) / "checkpoints" / Path(SSCD).name
         try:
@@ -154,11 +179,19 @@ def sscd(file=None, sha256=SSCD_SHA256):
         return (light - mean) / deviation
     return descriptor(read_torchscript(file, sha256, SSCD), prepare, "SSCD")
 
+# %% ../nbs/03_metrics.ipynb #126d7756
 def arcface(file, sha256):
     """A face recogniser (Deng et al. 2019), traced to TorchScript, as a function like `describe`.
 
     Its pictures are RGB faces, upright and cropped as insightface aligns them; they are resized
-    to 112 x 112, values in [-1, 1]. FileNotFoundError or ValueError as for `sscd`."""
+    to 112 x 112, values in [-1, 1]. FileNotFoundError or ValueError as for `sscd`.
+
+    >>> net = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(4), torch.nn.Flatten())   # in the place of theirs
+    >>> torch.jit.trace(net, x).save("faces.pt")
+    >>> describe = arcface("faces.pt", hashlib.sha256(Path("faces.pt").read_bytes()).hexdigest())
+    >>> describe(x).shape
+    torch.Size([4, 48])
+    """
     def prepare(x): return F.interpolate(x, (112, 112), mode="bilinear", antialias=True)
     return descriptor(read_torchscript(file, sha256, ARCFACE), prepare, "ArcFace")
 
@@ -263,11 +296,14 @@ def digests(x):
 def features(denoiser, n=None, place=None):
     """The descriptor that the base of a model itself makes: a function used like `describe`.
 
-    After DDAE (Xiang et al. 2023). Its `name` says which layer and level; one pair in twenty of the
-    model's own pictures is more alike than its `limit`. n: how many pictures it makes for that, in
-    8 steps each (default: 256, fewer if large). place: of the block (default: the middle).
-    Takes memory for half a net; remembers pictures. Later changes of the weights do not change it.
-    ValueError for a net without such blocks, or whose features are not finite."""
+    After DDAE (Xiang et al. 2023). Its `name` says which layer and level; one pair in twenty of the model's own
+    pictures is more alike than its `limit`. n: how many pictures it makes for that, in 8 steps each (default: 256,
+    fewer if large). place: of the block (default: the middle). Takes memory for half a net; remembers pictures. Later
+    changes of the weights do not change it. ValueError for a net without such blocks, or whose features are not
+    finite.
+    >>> features(model, n=16)(x).shape
+    torch.Size([4, 16])
+    """
     base, blocks = base_of(denoiser), blocks_of(denoiser.net)
     if not blocks:
         raise ValueError(f"a {type(denoiser.net).__name__} has no blocks whose features are known "
@@ -300,7 +336,11 @@ def features(denoiser, n=None, place=None):
 def reconstruction_curve(denoiser, x, levels, seeds, steps=25, describe=describe, prompt=None):
     """Similarity to the clean image x [1, C, H, W] after noise and denoising: [levels, seeds].
 
-    Once per level and noise seed. prompt: of a model that wants words."""
+    Once per level and noise seed. prompt: of a model that wants words.
+
+    >>> reconstruction_curve(model, x[:1], levels=(100, 400), seeds=range(3), steps=5).shape
+    torch.Size([2, 3])
+    """
     clean = denoiser.pixels(x)
     def row(t):
         back = denoiser.reconstruct(x, t, seeds, steps, prompt=prompt)   # [seeds, C, H, W]
@@ -324,14 +364,22 @@ def interval(values):
 def relative_forgetting(before, after, floor):
     """F = (before - after) / (before - floor), all three similarities to the forget image.
 
-    None where `before` is less than .05 above the floor."""
+    None where `before` is less than .05 above the floor.
+
+    >>> round(relative_forgetting(before=.9, after=.3, floor=.1), 2)
+    0.75
+    """
     return None if before - floor < .05 else (before - after) / (before - floor)
 
 # %% ../nbs/03_metrics.ipynb #8671fcd5
 def drift(before, after, describe=describe):
     """How pictures [B, 3, H, W] of the same seeds changed, by PSNR and by the descriptor's cosine.
 
-    Of each the median and the 5th percentile, by name; PSNR in dB, cut at 100."""
+    Of each the median and the 5th percentile, by name; PSNR in dB, cut at 100.
+
+    >>> drift(x, x)["psnr_median"]   # nothing has changed
+    100.0
+    """
     p, c = psnr(before, after).clamp(max=100), similarity(before, after, describe)
     return {"psnr_median": p.median().item(), "psnr_p5": p.quantile(.05).item(),
             "cosine_median": c.median().item(), "cosine_p5": c.quantile(.05).item()}
@@ -347,7 +395,11 @@ def check_sets(a, b, least=2):
 def kid(a, b):
     """Kernel distance of two sets of unit vectors [N, D], [M, D]: unbiased MMD^2; can be below 0.
 
-    The kernel is (x.y + 1)^3 (after Binkowski et al. 2018)."""
+    The kernel is (x.y + 1)^3 (after Binkowski et al. 2018).
+
+    >>> kid(describe(x), describe(x)) < 0   # of one distribution, about 0
+    True
+    """
     check_sets(a, b)
     a, b = a.double(), b.double()
     def k(x, y): return (x @ y.T + 1) ** 3
@@ -358,7 +410,11 @@ def kid(a, b):
 def frechet(a, b):
     """Squared Frechet distance of the Gaussians fitted to two sets of vectors [N, D], [M, D].
 
-    Heusel et al. 2017."""
+    Heusel et al. 2017.
+
+    >>> abs(frechet(describe(x), describe(x))) < 1e-6
+    True
+    """
     check_sets(a, b)
     a, b = a.double(), b.double()
     values, vectors = torch.linalg.eigh(a.T.cov())
@@ -371,7 +427,11 @@ def frechet(a, b):
 def precision_recall(real, fake, k=3):
     """Share of fake vectors inside the k-nearest-neighbour balls of the real ones, and the reverse.
 
-    real [N, D], fake [M, D]; Kynkaanniemi et al. 2019."""
+    real [N, D], fake [M, D]; Kynkaanniemi et al. 2019. ValueError for fewer than k + 1 in one of them.
+
+    >>> precision_recall(describe(x), describe(x))
+    (1.0, 1.0)
+    """
     check_sets(real, fake, k + 1)
     def covered(x, centres):
         radius = torch.cdist(centres, centres).kthvalue(k + 1, dim=1).values   # the first is 0
@@ -394,7 +454,11 @@ def denoising_error(denoiser, x, levels, seeds, prompt=None):
     """Mean squared error per value of the clean image that the model sees: [levels, B, seeds].
 
     x: clean images [B, C, H, W], noised to each level with the same noise for every one.
-    prompt: of a model that wants words."""
+    prompt: of a model that wants words. ValueError for a level that is not there.
+
+    >>> denoising_error(model, x, levels=(100, 400), seeds=range(3)).shape
+    torch.Size([2, 4, 3])
+    """
     x = x.to(denoiser.device)
     cond = denoiser.prompt_ids(prompt, len(x))
     noises = randn(generators(seeds), denoiser.shape, x.device)
@@ -441,7 +505,11 @@ def bits_per_dim(denoiser, x, seeds=range(1), steps=50):
     Less is more likely. By the probability-flow equation (Song et al. 2021) with Hutchinson's trace
     (1989), in `steps` steps of Heun's method; x gets uniform noise of one step of 8 bits. Signs and
     noise come from the seeds and are the same for every picture.
-    ValueError for a model of latents or with words: what it holds likely is not pictures."""
+    ValueError for a model of latents or with words: what it holds likely is not pictures.
+
+    >>> bits_per_dim(model, x[:2], steps=5).shape
+    torch.Size([2, 1])
+    """
     if denoiser.vae or denoiser.prompts:
         raise ValueError("bits per value are those of pictures, and this model makes latents, "
                          "or pictures of words; use denoising_error")

@@ -18,7 +18,12 @@ class Full:
     """Whole weights: W = W0 + the change of v, along the `Basis` of each weight that has one.
 
     Without bases W = W0 + v, for all weights. `params` is what an optimiser moves, `weights` what a
-    gradient is taken for."""
+    gradient is taken for.
+
+    >>> form = Full(model, {})
+    >>> len(form.params) == len([*model.net.parameters()]), form.restore()
+    (True, None)
+    """
 
     def __init__(self, denoiser, bases):
         chosen = {k: w for k, w in denoiser.net.named_parameters() if k in bases or not bases}
@@ -51,14 +56,23 @@ class Full:
 
 # %% ../nbs/workshop/parametrization.ipynb #h4lv3s01
 def halves(basis, rank):
-    "Of the `Basis` of a weight, those of the factors B [O, r] and A [r, C, ...] of its change."
+    """Of the `Basis` of a weight, those of the factors B [O, r] and A [r, C, ...] of its change.
+
+    >>> B, A = halves(eigenbases(layer_factors(model, retain, n=4))["conv_in.weight"], rank=2)
+    >>> B.reach.shape[2], A.reach.shape[0]
+    (2, 2)
+    """
     one, eye = torch.eye(1).to(basis.G), torch.eye(rank).to(basis.G)
     g, p = (v / basis.reach[0, 0, 0].sqrt() for v in (basis.reach[:, :1, :1], basis.reach[:1]))   # reach = g p
     B, A = (basis.G, one, eye, g.repeat(1, 1, rank)), (eye.clone(), basis.kernel, basis.A, p.repeat(rank, 1, 1))
     return Basis(*B), Basis(*A)
 
 def coordinates(w):
-    "The numbers of a weight [O, C, ...] in the form of coordinates [O, k, C]."
+    """The numbers of a weight [O, C, ...] in the form of coordinates [O, k, C].
+
+    >>> coordinates(torch.zeros(8, 4, 3, 3)).shape
+    torch.Size([8, 9, 4])
+    """
     return by_place(w.detach()).clone(memory_format=torch.contiguous_format)
 
 # %% ../nbs/workshop/parametrization.ipynb #6d4fc10c
@@ -66,7 +80,11 @@ class Lora(Full):
     """A LoRA of the given rank: W = W0 + B A beside each weight that has a `Basis`, along it.
 
     Without bases beside every convolution and linear layer. Hu et al. 2021, arXiv 2106.09685; by
-    peft. The names of a model with words are those that `load_lora_weights` of its pipeline reads."""
+    peft. The names of a model with words are those that `load_lora_weights` of its pipeline reads.
+    >>> form = Lora(model, rank=2, seed=0)
+    >>> form.names[0], form.restore()
+    ('conv_in.lora_A.hotfix.weight', None)
+    """
 
     def __init__(self, denoiser, rank, seed, bases={}):
         from peft import LoraConfig, LoraModel
@@ -102,6 +120,11 @@ class Lora(Full):
 def parametrize(denoiser, retain, w, *, damping=.01, rank=0, seed=0):
     """What a run moves: whole weights, or with a rank a LoRA.
 
-    With damping above 0 along the free directions of retain. w(snr): the weight of the retain loss."""
+    With damping above 0 along the free directions of retain. w(snr): the weight of the retain loss.
+
+    >>> form = parametrize(model, retain, lambda snr: snr)
+    >>> type(form).__name__, form.restore()
+    ('Full', None)
+    """
     bases = eigenbases(layer_factors(denoiser, retain, w, seed=seed), damping) if damping else {}
     return Lora(denoiser, rank, seed, bases) if rank else Full(denoiser, bases)

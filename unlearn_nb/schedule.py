@@ -14,7 +14,12 @@ import torch
 def generators(seeds):
     """One CPU generator per seed: what a seed gives depends on no other seed, batch or device.
 
-    seeds: whole numbers >= 0, at least one. ValueError for others."""
+    seeds: whole numbers >= 0, at least one. ValueError for others.
+
+    >>> a, b = (torch.rand(1, generator=g) for g in generators([3, 3]))
+    >>> a == b
+    tensor([True])
+    """
     try: seeds = list(seeds)
     except TypeError:
         raise ValueError(f"seeds is {seeds!r}; give a list of whole numbers, such as [0]") from None
@@ -25,16 +30,29 @@ def generators(seeds):
     if not len(seeds): raise ValueError("no seeds were given; give at least one")
     return [torch.Generator().manual_seed(index(seed)) for seed in seeds]
 
+# %% ../nbs/01_schedule.ipynb #d983a04d
 def randn(gens, shape, device="cpu"):
-    "Standard normal noise [B, *shape], row i drawn from gens[i] alone."
+    """Standard normal noise [B, *shape], row i drawn from gens[i] alone, on the device.
+
+    >>> randn(generators([7, 8]), (3, 32, 32)).shape
+    torch.Size([2, 3, 32, 32])
+    """
     return torch.stack([torch.randn(shape, generator=g) for g in gens]).to(device)
 
 def step_generator(seed, step):
-    "The CPU generator of step number `step` of a run: all randomness of that step comes from it."
+    """The CPU generator of step number `step` of a run: all randomness of that step comes from it.
+
+    >>> torch.randint(100, (3,), generator=step_generator(0, 5)).tolist()   # the same in every run
+    [11, 14, 67]
+    """
     return torch.Generator().manual_seed(seed * 1_000_003 + step)
 
 def stratified(n, g, dtype=torch.float32):
-    "n numbers [n] in [0, 1), rising: one drawn from each of n equal parts, with the generator g."
+    """n numbers [n] in [0, 1), rising: one drawn from each of n equal parts, with the generator g.
+
+    >>> (stratified(4, step_generator(0, 0)) * 4).long().tolist()   # one in each quarter
+    [0, 1, 2, 3]
+    """
     return (torch.arange(n) + torch.rand(n, generator=g, dtype=dtype)) / n
 
 # %% ../nbs/01_schedule.ipynb #dc14bcb6
@@ -161,12 +179,13 @@ class DDPM(Schedule):
 # %% ../nbs/01_schedule.ipynb #7873ab8e
 class Flow(Schedule):
     """A straight line (Liu et al. 2022): s = (t + 1) / T, a = 1 - s, t any number above -1.
-
-    shift, sigma_min: of FlowMatchEulerDiscreteScheduler's grid; sigma_min None: a step above 0."""
+    shift, sigma_min: of FlowMatchEulerDiscreteScheduler's grid; sigma_min None: a step above 0.
+    >>> Flow(1000, shift=3.).timesteps(999, 4)
+    tensor([999.0000, 856.3265, 599.7194,   1.9940])
+    """
 
     def __init__(self, T, shift=1., sigma_min=.001, device="cpu"):
-        self.T, self.prediction, self.device = T, "flow", device
-        self.shift, self.sigma_min = shift, sigma_min
+        self.T, self.prediction, self.device, self.shift, self.sigma_min = T, "flow", device, shift, sigma_min
 
     def scales(self, t):
         "a and s of timesteps t [B], each [B, 1, 1, 1]."
@@ -183,12 +202,11 @@ class Flow(Schedule):
 
     def timesteps(self, start, steps):
         """Timesteps from `start` down, in at most `steps` steps; the last leads to x0.
-        As the scheduler's set_timesteps if its noise began at `start`: evenly in s before the shift,
-        down to its last level. ValueError for a level that does not exist."""
+        As set_timesteps of the scheduler if its noise began at `start`: evenly in s before the shift.
+        ValueError for a level that does not exist."""
         if steps < 1: raise ValueError(f"steps = {steps} makes no picture; give 1 or more")
         if not -1 < start <= self.T - 1:
-            raise ValueError(f"level t = {start} does not exist; "
-                             f"this model has levels above -1 up to {self.T - 1}")
+            raise ValueError(f"level t = {start} does not exist; this model has levels above -1 up to {self.T - 1}")
         shift, top = self.shift, (start + 1) / self.T
         top /= shift - (shift - 1) * top   # without the shift
         s = torch.linspace(top, self.sigma_min or top / steps, steps, dtype=torch.float64)

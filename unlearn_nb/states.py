@@ -60,8 +60,13 @@ class Request:
                                  f"give a PIL image, such as {how} makes")
         return requests
 
+# %% ../nbs/06_states.ipynb #4962bda5
 def prompts_of(denoiser, requests):
-    "The prompts of the requests; None of a model that makes pictures without words."
+    """The prompts of the requests, a list; None of a model that makes pictures without words.
+
+    >>> print(prompts_of(model, [request]))
+    None
+    """
     return [r.prompt for r in requests] if denoiser.prompts else None
 
 # %% ../nbs/06_states.ipynb #8d6e34f5
@@ -70,7 +75,11 @@ class States:
     """N pictures and S states of each, with the answers that must stay.
 
     The large ones, x_t, goal and uncond, may lie on the CPU and in half precision; what is drawn
-    comes to where the timesteps are."""
+    comes to where the timesteps are.
+
+    >>> retain[0][1].x_t.shape   # of `default_retain`: N = 8, S = 5
+    torch.Size([8, 5, 3, 32, 32])
+    """
     timesteps: Tensor   # [S]
     x_t: Tensor         # [N, S, C, H, W] states
     goal: Tensor        # [N, S, C, H, W] the clean image to believe in, in each state
@@ -96,7 +105,11 @@ def follow(denoiser, x_t, timesteps, cond=None):
 
 # %% ../nbs/06_states.ipynb #b58250e7
 def from_noise(denoiser, z, steps=25, cond=None, batch=64):
-    "The `States` on the model's own sampling paths (DDIM) from noise z [N, C, H, W], prompts cond [N]."
+    """The `States` on the model's own sampling paths (DDIM) from noise z [N, C, H, W], prompts cond [N].
+
+    >>> from_noise(model, torch.randn(2, 3, 32, 32), steps=5).goal.shape
+    torch.Size([2, 5, 3, 32, 32])
+    """
     timesteps, parts = denoiser.timesteps(denoiser.T - 1, steps), []
     batch = max_batch(denoiser, batch)
     for k in range(0, len(z), batch):
@@ -107,10 +120,14 @@ def from_noise(denoiser, z, steps=25, cond=None, batch=64):
 
 # %% ../nbs/06_states.ipynb #gen3rate
 def generate(denoiser, seeds, steps=25, batch=64, prompt=None) -> States:
-    """Follow the model's own sampling path once per seed, with its own beliefs as goals.
+    """Follow the model's own sampling path once per seed, with its own beliefs as goals: `States`.
 
     prompt: of a model with words, one for all seeds or one for each. Of large pictures fewer than
-    `batch` are made at a time."""
+    `batch` are made at a time. ValueError for a seed or a prompt that is none.
+
+    >>> torch.equal(generate(model, [7], steps=10).x0, model.sample([7], steps=10))
+    True
+    """
     z = randn(generators(seeds), denoiser.shape, denoiser.device)
     return from_noise(denoiser, z, steps, denoiser.prompt_ids(prompt, len(z)), batch)
 
@@ -134,7 +151,10 @@ def draw(retain, n, g):
     """n states (x_t, t, goal), with words (x_t, t, goal, cond), drawn with the CPU generator g.
 
     retain: `States`, or a list of (share of the batch, `States`). Of a guided model half of the
-    states are without words."""
+    states are without words.
+
+    >>> x_t, t, goal = draw(retain, 6, torch.Generator().manual_seed(0))   # [6, 3, 32, 32], [6], [6, 3, 32, 32]
+    """
     if not isinstance(retain, States): return draw_mixed(retain, n, g)
     i, s = (torch.randint(size, (n,), generator=g) for size in retain.x_t.shape[:2])
     device = retain.timesteps.device
@@ -153,7 +173,11 @@ def noised(denoiser, x0, count=12, t_max=None, seed=0, goal="belief", prompt=Non
     """`count` noised versions of each picture x0 [N, C, H, W], timesteps spread evenly below t_max.
 
     t_max: default all. goal: "belief", what the model itself believes there, or "picture", the
-    picture (ValueError for another)."""
+    picture (ValueError for another).
+
+    >>> noised(model, x[:1], 6, 550).timesteps
+    tensor([ 45, 137, 229, 320, 412, 504])
+    """
     if goal not in ("belief", "picture"):
         raise ValueError(f"goal {goal!r} is not known; expected 'belief' or 'picture'")
     g, x0 = torch.Generator().manual_seed(seed), x0.to(denoiser.device)
@@ -248,9 +272,10 @@ def without_copies(denoiser, states, requests, pool, describe=None):
 # %% ../nbs/06_states.ipynb #p00l0001
 class Pool:
     """The pictures x0 [n, C, H, W] of n further seeds, from NEAR on, in 5 steps of sampling, as of `default_retain`.
-
     Their prompts are those of the requests, in turn with others that are among the numbers `cond`.
-    `copies` [n]: which of them are a forget image again, of these or of earlier requests."""
+    `copies` [n]: which of them are a forget image again, of these or of earlier requests.
+    >>> near = Pool(model, [request], 8, steps=5).nearest(3)   # three positions
+    """
 
     def __init__(self, denoiser, requests, n, steps=25, cache=None, describe=None, cond=(), earlier=()):
         self.denoiser, self.n, self.steps, self.cache, self.earlier = denoiser, n, steps, cache, earlier
@@ -266,8 +291,7 @@ class Pool:
 
     def pictures(self, cache=None):
         "As the model makes them now."
-        seeds, steps = range(NEAR, NEAR + self.n), min(5, self.steps)
-        return paths(self.denoiser, seeds, steps, cache, self.words).x0
+        return paths(self.denoiser, range(NEAR, NEAR + self.n), min(5, self.steps), cache, self.words).x0
 
     def nearest(self, n):
         "Positions [n] of those nearest to the forget images, an equal share for each; no copies."
@@ -318,7 +342,11 @@ def default_retain(denoiser, requests, *, n=64, near=16, pool=256, steps=25, cac
 def find_copies(denoiser, request: Request, *, pool=256, steps=25, cache=None, describe=None) -> Request:
     """The request with its `copies`: further seeds, of `pool` from NEAR on, that give its image.
 
-    They are looked for in 5 steps; those that are found must be copies in `steps`, too."""
+    They are looked for in 5 steps; those that are found must be copies in `steps`, too.
+
+    >>> find_copies(model, request, pool=16, steps=5).copies   # none of 16 seeds gives it
+    ()
+    """
     found = Pool(denoiser, [request], pool, steps, cache, describe)
     seeds = [NEAR + k for k in found.copies.nonzero()[:, 0].tolist()]
     if not seeds: return replace(request, copies=())
@@ -338,7 +366,11 @@ def noised_states(denoiser, x_f, x_s, n, g, *, t_max=550, sampling="low", mix=0.
 
     What lies a share `mix` ([n, 1, 1, 1] or a number) of the way from x_f to x_s [R, C, H, W] is
     noised to timesteps below t_max (of 1000), as `SAMPLING` spreads them; the goal is x_s.
-    cond [R]: the prompts of the requests."""
+    cond [R]: the prompts of the requests.
+
+    >>> x_s, g = model.encode([surrogate]), torch.Generator().manual_seed(0)
+    >>> x_t, t, goal = noised_states(model, x[:1], x_s, 6, g)   # [6, 3, 32, 32], [6], [6, 3, 32, 32]
+    """
     k = torch.randint(len(x_f), (n,), generator=g)
     t_max = max(1, round(t_max * denoiser.T / 1000))
     t = (SAMPLING[sampling](stratified(n, g)) * t_max).long().clamp(max=t_max - 1).to(x_f.device)
@@ -378,7 +410,11 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
     x_s [R, C, H, W]: the surrogates. `shift` [N, C, H, W] leads from the picture of each path to
     its surrogate, and the goals are the model's own beliefs, moved by it. Of a model without words
     the mirrored noise of a request without copies leads to its mirrored surrogate. t_min: only
-    timesteps from this on, of 1000 (always the first one), of pictures with copies from `BY_HEART` on."""
+    timesteps from this on, of 1000 (always the first one), of pictures with copies from `BY_HEART` on.
+
+    >>> own_paths(model, [request], model.encode([surrogate]), steps=5).x_t.shape   # as it is, and mirrored
+    torch.Size([2, 5, 3, 32, 32])
+    """
     found = beginnings(denoiser, requests, x_s, steps)
     if not found: return None
     z, goals, cond = found
@@ -396,7 +432,12 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
 
     A share `path_share` lies on their own paths (`own_paths`), if known; the others are noised
     forget images. A share `mix_share` of both is moved some way, drawn evenly, to the surrogate.
-    known: numbers of paths from which three of four path states are drawn."""
+    known: numbers of paths from which three of four path states are drawn.
+
+    >>> x_s, g = model.encode([surrogate]), torch.Generator().manual_seed(0)
+    >>> own = own_paths(model, [request], x_s, steps=5)
+    >>> x_t, t, goal = forget_states(model, x[:1], x_s, own, 6, g)   # [6, 3, 32, 32], [6], [6, 3, 32, 32]
+    """
     on_path = round(path_share * n) if own else 0
     far, moved = torch.rand(2, n, 1, 1, 1, generator=g).to(x_f.device)
     mix = far * (moved < mix_share)
@@ -420,7 +461,10 @@ def still_forgotten(denoiser, earlier, *, path_share=1., t_min=0, t_max=550, ste
     The paths that it now takes from their seeds and copies, as of `own_paths`, each in the steps of its request (steps:
     of those that name none), with its own beliefs as goals, moved by what is left of the way to the surrogate (at
     timesteps from t_min on). Of requests without a seed, and for a share 1 - path_share of the others, what it now
-    believes of the image, noised to timesteps below t_max."""
+    believes of the image, noised to timesteps below t_max.
+
+    >>> with fix.on(model): [(share, states)] = still_forgotten(model, [request], steps=5)
+    """
     parts, known = [], [r for r in earlier if r.seed is not None or r.copies]
     for n in sorted({r.steps or steps for r in known}):
         some = [r for r in known if (r.steps or steps) == n]
@@ -442,7 +486,12 @@ def steer(denoiser, x_t, t, goal, *cond):
     """The same states with goals for the answer to the words alone.
 
     uncond + (goal - uncond) / guidance: if the answer without words stays at uncond, the guided
-    one is the goal. Without guidance: as they are."""
+    one is the goal (after Ho and Salimans 2022). Without guidance: as they are.
+
+    >>> states = draw(retain, 4, torch.Generator().manual_seed(0))
+    >>> steer(model, *states)[2] is states[2]   # a model without words
+    True
+    """
     if denoiser.guidance == 1 or not cond: return x_t, t, goal, *cond
     uncond = denoiser.clean(x_t, denoiser(x_t, t, torch.zeros_like(cond[0])), t)
     return x_t, t, uncond + (goal - uncond) / denoiser.guidance, *cond

@@ -35,18 +35,30 @@ def scaled(f, r):
 def gram(g_f, g_r):
     """The inner products of every pair of tensors, as numbers: [(ff, fr, rr), ...].
 
-    ValueError if the lists differ in length."""
+    ValueError if the lists differ in length.
+
+    >>> gram([torch.tensor([1., 2.])], [torch.tensor([3., 0.])])
+    [[5.0, 3.0, 9.0]]
+    """
     fr = torch.stack([torch.dot(wide(f), wide(r)) for f, r in zip(g_f, g_r, strict=True)])
     rows = torch.stack([squares(g_f), fr, squares(g_r)], 1).tolist()   # the one transfer
     def in_range(ff, _, rr): return 1e-25 < min(ff, rr) and max(ff, rr) < math.inf
     return [row if in_range(*row) else scaled(f, r) for row, f, r in zip(rows, g_f, g_r)]
 
 def products(g_f, g_r):
-    "(ff, fr, rr) over all tensors together."
+    """(ff, fr, rr) over all tensors together: ||g_f||^2, <g_f, g_r>, ||g_r||^2.
+
+    >>> products([torch.ones(2), torch.ones(1)], [torch.ones(2), -torch.ones(1)])
+    (3.0, 1.0, 3.0)
+    """
     return tuple(map(sum, zip(*gram(g_f, g_r))))
 
 def cosine(g_f, g_r):
-    "Cosine of the angle between two gradients, a float32 scalar; 0 if one of them is zero."
+    """Cosine of the angle between two gradients, a float32 scalar; 0 if one of them is zero.
+
+    >>> cosine([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])
+    tensor(-0.7071)
+    """
     ff, fr, rr = products(g_f, g_r)
     return torch.tensor(fr / math.sqrt(ff * rr) if ff * rr else 0.).clamp(-1, 1)
 
@@ -60,7 +72,11 @@ def times(x, c):
 def combine(c_f, g_f, c_r, g_r):
     """c_f g_f + c_r g_r, a new list of tensors of the same dtypes.
 
-    Half precision is computed in float32 and rounded once."""
+    Half precision is computed in float32 and rounded once.
+
+    >>> combine(2, [torch.tensor([1., 0.])], 3, [torch.tensor([0., 1.])])
+    [tensor([2., 3.])]
+    """
     if c_f == c_r == 1: return list(torch._foreach_add(g_f, g_r))
     if max(abs(c_f), abs(c_r)) < 1e30 and {x.dtype for x in (*g_f, *g_r)} == {torch.float32}:
         d = torch._foreach_mul(g_f, c_f)
@@ -70,12 +86,20 @@ def combine(c_f, g_f, c_r, g_r):
     return [mixed(f, r) for f, r in zip(g_f, g_r, strict=True)]
 
 def against(uv, vv):
-    "min(0, <u, v>) / ||v||^2: how much of v in u works against v; 0 if v is zero."
+    """min(0, <u, v>) / ||v||^2: how much of v in u works against v; 0 if v is zero.
+
+    >>> against(-2., 4.), against(2., 4.)
+    (-0.5, 0.0)
+    """
     return min(0., uv) / vv if vv else 0.
 
 # %% ../nbs/08_surgery.ipynb #c44a9cc2
 def plain(g_f, g_r):
-    "g_f + g_r."
+    """g_f + g_r, lists of tensors, as for all rules. ValueError if they differ in length.
+
+    >>> plain([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])
+    [tensor([0., 1.])]
+    """
     if len(g_f) != len(g_r):
         raise ValueError(f"{len(g_f)} forget gradients and {len(g_r)} retain gradients; "
                          "give one of each for every weight tensor")
@@ -84,14 +108,22 @@ def plain(g_f, g_r):
 def one_sided(g_f, g_r):
     """g_f without what works against g_r (A-GEM, arXiv 1812.00420), plus g_r.
 
-    Retaining never gets worse; forgetting may."""
+    Retaining never gets worse; forgetting may.
+
+    >>> one_sided([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])   # the half of g_f that works against is gone
+    [tensor([-0.5000,  1.5000])]
+    """
     _, fr, rr = products(g_f, g_r)
     return combine(1, g_f, 1 - against(fr, rr), g_r)
 
 def symmetric(g_f, g_r):
     """Each without what works against the other, summed. Neither gets worse.
 
-    PCGrad, arXiv 2001.06782; restricted gradient, arXiv 2412.07808."""
+    PCGrad, arXiv 2001.06782; restricted gradient, arXiv 2412.07808.
+
+    >>> symmetric([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])
+    [tensor([0.5000, 1.5000])]
+    """
     ff, fr, rr = products(g_f, g_r)
     return combine(1 - against(fr, ff), g_f, 1 - against(fr, rr), g_r)
 
@@ -99,7 +131,11 @@ def symmetric(g_f, g_r):
 def vaccine(g_f, g_r, rho=.6):
     """Each is turned towards the original other until their cosine is rho, if it is below; summed.
 
-    GradVac, arXiv 2010.05874; rho = 0: symmetric. ValueError unless -1 < rho < 1."""
+    GradVac, arXiv 2010.05874; rho = 0: symmetric. ValueError unless -1 < rho < 1.
+
+    >>> vaccine([torch.tensor([1., 0.])], [torch.tensor([0., 1.])], rho=.5)   # turned together from 90 to 60 degrees
+    [tensor([1.5774, 1.5774])]
+    """
     if not -1 < rho < 1:
         raise ValueError(f"rho is {rho}; the target cosine must lie between -1 and 1")
     ff, fr, rr = products(g_f, g_r)
@@ -110,7 +146,11 @@ def vaccine(g_f, g_r, rho=.6):
 
 # %% ../nbs/08_surgery.ipynb #c43d7545
 def per_tensor(g_f, g_r):
-    "The symmetric rule for every weight tensor by itself. No single tensor makes a loss worse."
+    """The symmetric rule for every weight tensor by itself. No single tensor makes a loss worse.
+
+    >>> per_tensor([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])
+    [tensor([0.5000, 1.5000])]
+    """
     return [combine(1 - against(fr, ff), [f], 1 - against(fr, rr), [r])[0]
             for (ff, fr, rr), f, r in zip(gram(g_f, g_r), g_f, g_r)]
 
@@ -127,7 +167,11 @@ def worst_case(ff, fr, rr, c):
 def cagrad(g_f, g_r, c=.5):
     """The sum, moved by at most c of its length to where the worse-off of the two gains most.
 
-    Twice the d of CAGrad, arXiv 2110.14048; c = 0: plain. ValueError for c < 0."""
+    Twice the d of CAGrad, arXiv 2110.14048; c = 0: plain. ValueError for c < 0.
+
+    >>> cagrad([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])
+    [tensor([0.5000, 1.0000])]
+    """
     if c < 0: raise ValueError(f"c is {c}; it must be 0 or more")
     ff, fr, rr = products(g_f, g_r)
     w = worst_case(ff, fr, rr, c)
@@ -153,7 +197,13 @@ def subspace(m=8):
 
     Plus g_r (after GEM, arXiv 1706.08840, and OGD, arXiv 1910.07104). It remembers m retain
     gradients (m times the memory of one) in its dict `memory` of tensors, so take a fresh one for
-    every run. ValueError for m < 1."""
+    every run. ValueError for m < 1.
+
+    >>> rule = subspace(m=2)
+    >>> for k in range(3): d = rule([torch.tensor([1., 0.])], [torch.tensor([-1., 1.])])
+    >>> len([k for k in rule.memory if "." in k])   # it has seen three and remembers two
+    2
+    """
     if m < 1: raise ValueError(f"m is {m}; remember at least 1 retain gradient")
     # "slot.k": tensor k of the unit gradient in a slot
     memory = {"count": torch.tensor(0), "products": torch.zeros(m, m, dtype=torch.float64)}
@@ -192,7 +242,11 @@ def get(rule: str | Callable) -> Callable:
     Both are lists of tensors, one for each weight that moves; so is the direction that it returns.
     ValueError for what is neither. The loop (module `unlearn`) does not call a rule at step 0: the
     retain gradient is rounding there, and the step is `plain`. And a rule sees gradients in the
-    basis of the free directions (module `directions`), not of the weights, unless damping is 0."""
+    basis of the free directions (module `directions`), not of the weights, unless damping is 0.
+
+    >>> get("pcgrad") is symmetric, get("subspace").__name__
+    (True, 'subspace(m=8)')
+    """
     if isinstance(rule, str) and rule in RULES: rule = RULES[rule]
     if not callable(rule):
         raise ValueError(f"surgery {rule!r} is not known; expected one of {', '.join(RULES)}, "

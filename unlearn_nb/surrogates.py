@@ -47,19 +47,32 @@ def corners(box, painted):
 def ellipse(size, box=(.2, .15, .8, .9), feather=.03):
     """A mask (mode L, 255: repaint) over a face from brow to chin.
 
-    size: a side in pixels, or width and height. box and feather: shares of the side."""
+    size: a side in pixels, or width and height. box and feather: shares of the side. ValueError for a
+    box that covers nothing, or a feather below 0.
+
+    >>> ellipse(32).getpixel((16, 16))
+    255
+    """
     painted = canvas(size)
     ImageDraw.Draw(painted).ellipse(corners(box, painted), fill=255)
     return soften(painted, feather)
 
 def rectangle(size, box=(.2, .15, .8, .9), feather=.03):
-    "A mask like `ellipse`, with four corners."
+    """A mask like `ellipse`, with four corners.
+
+    >>> rectangle((32, 24), box=(0, .5, 1, 1), feather=0).getbbox()   # the lower half
+    (0, 12, 32, 24)
+    """
     painted = canvas(size)
     ImageDraw.Draw(painted).rectangle(corners(box, painted), fill=255)
     return soften(painted, feather)
 
 def polygon(size, points, feather=.03):
-    "A mask like `ellipse`, with any outline: points [(x, y), ...], three or more, as shares."
+    """A mask like `ellipse`, with any outline: points [(x, y), ...], as shares. ValueError for fewer than three.
+
+    >>> polygon(32, [(0, 0), (1, 0), (0, 1)], feather=0).getpixel((2, 2))
+    255
+    """
     if len(points) < 3:
         raise ValueError(f"{len(points)} points enclose nothing; give three or more, "
                          "as shares of the sides")
@@ -72,7 +85,12 @@ def polygon(size, points, feather=.03):
 def read_mask(file, size, feather=0.):
     """A mask painted by hand: a PNG, JPEG or WebP file, white where to repaint, brought to size.
 
-    ValueError if nothing in it is light."""
+    ValueError if nothing in it is light.
+
+    >>> ellipse(64).save("mask.png")
+    >>> read_mask("mask.png", 32).size
+    (32, 32)
+    """
     side = canvas(size).size
     painted = read_image(file).convert("L").resize(side, Image.Resampling.BILINEAR)
     if painted.getextrema()[1] < 128:
@@ -81,7 +99,12 @@ def read_mask(file, size, feather=0.):
     return soften(painted, feather)
 
 def face_part(identity, scene, parts=FACE, size=32, feather=.03):
-    "A mask of a part of a drawn face, or of several, by the names of `faces.mask`."
+    """A mask of a part of a drawn face, or of several, by the names of `faces.mask`. ValueError for none, or others.
+
+    >>> from unlearn_nb.faces import sample_identity, sample_scene
+    >>> face_part(sample_identity(0), sample_scene(0), "hair").size
+    (32, 32)
+    """
     names = (parts,) if isinstance(parts, str) else parts
     if not names:
         raise ValueError("no parts are named; give one or more, such as 'hair' "
@@ -194,7 +217,10 @@ def inpaint(denoiser, image, *, mask=None, seed=0, steps=25, resample=1, prompt=
     image: PIL, of the model's size. mask: PIL, 255 where to repaint (default: `ellipse`).
     resample: 1 puts the known part back after each step (Sohl-Dickstein et al. 2015, Song et al.
     2021); more makes each step so often, with jumps back (RePaint, Lugmayr et al. 2022).
-    prompt: of a model that wants one. ValueError for a picture or a mask of another size."""
+    prompt: of a model that wants one. ValueError for a picture or a mask of another size.
+
+    >>> other = inpaint(model, image, mask=ellipse(32), seed=1, steps=5)   # PIL, 32 x 32
+    """
     if resample < 1: raise ValueError(f"resample = {resample} makes no step; give 1 or more")
     return inpaintings(denoiser, image, mask, [seed], steps, resample, prompt=prompt)[0]
 
@@ -211,7 +237,10 @@ def sdedit(denoiser, image, *, mask=None, seed=0, t=500, steps=25, prompt=None):
 
     Meng et al. 2021. The higher t, the larger the edit. mask: PIL, 255 where it may change
     (default: everywhere). prompt: of a model that wants one. t stands for a level of 1000, however
-    many the model has. ValueError for another level or size."""
+    many the model has. ValueError for another level or size.
+
+    >>> other = sdedit(model, image, t=400, steps=5)   # PIL, 32 x 32
+    """
     everywhere = Image.new("L", image.size, 255)
     how = dict(prompt=prompt, t=level_of(denoiser, t))
     return inpaintings(denoiser, image, mask or everywhere, [seed], steps, **how)[0]
@@ -220,7 +249,10 @@ def sdedit(denoiser, image, *, mask=None, seed=0, t=500, steps=25, prompt=None):
 def compose(denoiser, image, *, mask=None, seed=0, source):
     """A region of another picture of the same size, `source`, pasted in where the mask is white.
 
-    mask: as for `inpaint`. Neither denoiser nor seed is used."""
+    mask: as for `inpaint`. Neither denoiser nor seed is used. ValueError for another size.
+
+    >>> other = compose(model, image, source=surrogate)   # PIL, 32 x 32
+    """
     if source.size != image.size:
         raise ValueError(f"the source is {source.width} x {source.height} pixels, the image "
                          f"{image.width} x {image.height}; resize it first")
@@ -231,7 +263,11 @@ def neighbour(denoiser, image, *, mask=None, seed=0, among, describe=None):
 
     By pixels, or by describe ([B, 3, H, W] -> [B, D], such as `face_descriptor()`). seed k: the
     k-th nearest, from 0. The image itself does not count. mask: PIL, 255 where it may change
-    (default: everywhere). The denoiser is not used."""
+    (default: everywhere). The denoiser is not used. ValueError if there are not so many others.
+
+    >>> neighbour(model, image, among=[image, surrogate]) == surrogate
+    True
+    """
     def other(x): return x.size == image.size and x.convert("RGB").tobytes() != own
     own = image.convert("RGB").tobytes()
     others = [x for x in among if other(x)]
@@ -249,7 +285,12 @@ def instruct(pipeline, image, *, mask=None, seed=0, prompt, size=None, **kw):
     """Edit by words, with any editing pipeline of diffusers; its first image, at the image's size.
 
     Calls pipeline(prompt=, image=, generator=, **kw). size: side in pixels at which the pipeline
-    works (default: the image's own). mask: PIL, 255 where it may change (default: everywhere)."""
+    works (default: the image's own). mask: PIL, 255 where it may change (default: everywhere).
+
+    >>> from types import SimpleNamespace
+    >>> def lighter(prompt, image, generator): return SimpleNamespace(images=[image.point(lambda v: v // 2 + 128)])
+    >>> other = instruct(lighter, image, prompt="lighter")   # PIL, 32 x 32
+    """
     given = image.convert("RGB")
     if size is not None: given = given.resize((size, size), Image.Resampling.BICUBIC)
     out = pipeline(prompt=prompt, image=given, generator=generators([seed])[0], **kw)
@@ -260,7 +301,12 @@ def instruct(pipeline, image, *, mask=None, seed=0, prompt, size=None, **kw):
 # %% ../nbs/04_surrogates.ipynb #bf042409
 @dataclass(frozen=True)
 class Check:
-    "What `check` found; `warnings` is empty if nothing speaks against the surrogate."
+    """What `check` found; `warnings` is empty if nothing speaks against the surrogate.
+
+    >>> found = check(image, surrogate)
+    >>> found.background > 30, found.warnings
+    (True, ())
+    """
     similarity: float            # cosine of the two descriptors; 1: the same person
     rmse: float                  # of the whole picture, values in [-1, 1]
     background: float            # PSNR in dB where nothing should change; infinite if nothing did
@@ -406,7 +452,13 @@ def invert(denoiser, x0, steps=25, rounds=4, prompt=None):
 
     rounds of the fixed point in each step: 1 is the usual inversion (Song et al. 2021), more is
     AIDI's (Pan et al. 2023). Of a flow, Euler's steps backwards. prompt: of a model that wants one,
-    one for all or one for each; what a guided model makes of words is harder to undo."""
+    one for all or one for each; what a guided model makes of words is harder to undo.
+
+    >>> z = invert(model, x[:1], steps=10)
+    >>> *_, (t, again) = model.path(z, 999, 10, [])
+    >>> (again - x[:1]).square().mean() < .01   # they lead back
+    tensor(True)
+    """
     cond, back = denoiser.prompt_ids(prompt, len(x0)), denoiser.schedule.back
     low, x_t = -1, x0
     for t in denoiser.timesteps(denoiser.T - 1, steps).tolist()[::-1]:
@@ -438,7 +490,11 @@ def direction(denoiser, plus, minus, *, seed=0, steps=25, prompt=None):
 
     At each level of a path: [steps, C, h, w]; a difference of means in h-space (Haas et al. 2023).
     plus, minus: lists of PIL images of the model's size; picture i of both is seen through the same
-    noise, so pairs of one person say most. prompt: of a model that wants one, for all."""
+    noise, so pairs of one person say most. prompt: of a model that wants one, for all. ValueError for
+    an empty list, or a net without a middle block.
+
+    >>> along = direction(model, [surrogate], [image], steps=5)   # [5, C, h, w]
+    """
     if not plus or not minus:
         raise ValueError(f"{len(plus)} pictures with the trait and {len(minus)} without were "
                          "given; give at least one of each")
@@ -479,7 +535,11 @@ def attribute(denoiser, image, *, mask=None, seed=0, along, strength=2., prompt=
     The shift is strength times a `direction`, along [steps, C, h, w]: Asyrp (Kwon et al. 2022).
     mask: PIL, 255 where it may change (default: everywhere). Strength 0 gives the image back, as
     well as `invert` can. Nothing here is random: the seed is not used. prompt: of a model that
-    wants one."""
+    wants one. ValueError for a direction of another model.
+
+    >>> along = direction(model, [surrogate], [image], steps=5)
+    >>> other = attribute(model, image, along=along, strength=1.)   # PIL, 32 x 32
+    """
     cond = denoiser.prompt_ids(prompt, 1)
     x_t = invert(denoiser, denoiser.encode([image]), len(along), prompt=prompt)
     edited = moved(denoiser, x_t, along, strength, cond=cond)

@@ -19,53 +19,94 @@ def x0_error(denoiser, out, x_t, t, goal, w):
     """w(snr) (x0_hat - goal)^2, value by value, of a net's output `out` at x_t, timesteps t [B].
 
     All others are [B, C, H, W]. Computed in output space times the gain, so that nothing is
-    divided by almost zero."""
+    divided by almost zero.
+
+    >>> t = model.level(500, len(x))
+    >>> x0_error(model, model.target(x, x, t), x, t, x, min_snr).max() < 1e-6   # an output without error
+    tensor(True)
+    """
     scale = w(denoiser.snr(t)).view(-1, 1, 1, 1) * denoiser.gain(t) ** 2
     return scale * (out - denoiser.target(x_t, goal, t)).square()
 
 def x0_loss(denoiser, x_t, t, goal, w, cond=None):
-    "Mean of w(snr) (x0_hat(x_t) - goal)^2: x_t, goal [B, C, H, W], t [B], prompts cond [B]."
+    """Mean of w(snr) (x0_hat(x_t) - goal)^2: x_t, goal [B, C, H, W], t [B], prompts cond [B].
+
+    >>> with torch.no_grad(): loss = x0_loss(model, torch.randn_like(x), model.level(999, 4), x, min_snr)
+    """
     return x0_error(denoiser, denoiser(x_t, t, cond), x_t, t, goal, w).mean()
 
 # %% ../nbs/07_weights.ipynb #80663b62
 def unit_eps(snr):
     """Weight 1 on the error of the noise, as most epsilon models were trained.
 
-    Ho et al. 2020, arXiv 2006.11239."""
+    Ho et al. 2020, arXiv 2006.11239.
+
+    >>> unit_eps(torch.tensor([.1, 10.]))
+    tensor([ 0.1000, 10.0000])
+    """
     return snr
 
 def unit_v(snr):
-    "Weight 1 on the error of v (Salimans and Ho 2022, arXiv 2202.00512)."
+    """Weight 1 on the error of v (Salimans and Ho 2022, arXiv 2202.00512).
+
+    >>> unit_v(torch.tensor([.1, 10.]))
+    tensor([ 1.1000, 11.0000])
+    """
     return 1 + snr
 
 def unit_x0(snr):
-    "Weight 1 on the error of the clean image."
+    """Weight 1 on the error of the clean image.
+
+    >>> unit_x0(torch.tensor([.1, 10.]))
+    tensor([1., 1.])
+    """
     return torch.ones_like(snr)
 
 def flow(snr):
-    "Weight 1 on the error of a rectified flow's velocity (Liu et al. 2022, arXiv 2209.03003)."
+    """Weight 1 on the error of a rectified flow's velocity (Liu et al. 2022, arXiv 2209.03003).
+
+    >>> flow(torch.tensor([.25, 9.]))
+    tensor([ 2.2500, 16.0000])
+    """
     return (1 + snr.sqrt()) ** 2
 
 # %% ../nbs/07_weights.ipynb #a4b91a1b
 def min_snr(snr, gamma=5.):
-    "min(snr, gamma): Hang et al. 2023, arXiv 2303.09556."
+    """min(snr, gamma): Hang et al. 2023, arXiv 2303.09556.
+
+    >>> min_snr(torch.tensor([.1, 10.]))
+    tensor([0.1000, 5.0000])
+    """
     return snr.clamp(max=gamma)
 
 def p2(snr, k=1., gamma=1.):
     """snr / (k + snr)^gamma: P2, which is 1 / (k + snr)^gamma on the error of the noise.
 
-    Choi et al. 2022, arXiv 2204.00227."""
+    Choi et al. 2022, arXiv 2204.00227.
+
+    >>> p2(torch.tensor([.1, 10.]))
+    tensor([0.0909, 0.9091])
+    """
     return snr / (k + snr) ** gamma
 
 def abar(snr):
-    "snr / (1 + snr), which is abar: the factor 1 - abar on the error of the noise."
+    """snr / (1 + snr), which is abar: the factor 1 - abar on the error of the noise.
+
+    >>> abar(torch.tensor([.25, 9.]))
+    tensor([0.2000, 0.9000])
+    """
     return snr / (1 + snr)
 
 # %% ../nbs/07_weights.ipynb #1c23414f
 def window(weight: str | Callable, denoiser, t0: int, t1: int) -> Callable:
     """The weight (a name or a callable) at levels t0 ... t1 - 1 of this denoiser, 0 at all others.
 
-    A callable w(snr). ValueError for an empty window."""
+    A callable w(snr). ValueError for an empty window.
+
+    >>> w = window("min_snr", model, 250, 750)
+    >>> w(model.snr(torch.tensor([100, 500, 900])))
+    tensor([0.0000, 0.0844, 0.0000])
+    """
     if not 0 <= t0 < t1 <= denoiser.T:
         raise ValueError(f"there are no levels {t0} ... {t1 - 1} in a model with levels "
                          f"0 ... {denoiser.T - 1}; give t0 and t1 with 0 <= t0 < t1 <= {denoiser.T}")
@@ -85,7 +126,11 @@ GRID = torch.logspace(-8, 8, 4001, dtype=torch.float64)   # of snr: finer than t
 def curve(w: Callable) -> torch.Tensor:
     """Values [4001] of a weight w(snr) on `GRID`: two weights with the same values are the same.
 
-    ValueError unless they are finite numbers of 0 or more, one for each."""
+    ValueError unless they are finite numbers of 0 or more, one for each.
+
+    >>> curve(min_snr).max()
+    tensor(5., dtype=torch.float64)
+    """
     v = w(GRID.clone())
     if not isinstance(v, torch.Tensor) or v.shape != GRID.shape:
         found = f"shape {list(v.shape)}" if isinstance(v, torch.Tensor) else f"a {type(v).__name__}"
@@ -101,7 +146,11 @@ def curve(w: Callable) -> torch.Tensor:
 def get(weight: str | Callable) -> Callable:
     """The weight of that name; a callable w(snr), snr [B] -> [B], is returned as it is.
 
-    ValueError for what is neither, or is no curve (`curve`)."""
+    ValueError for what is neither, or is no curve (`curve`).
+
+    >>> get("min_snr") is min_snr, get(lambda snr: snr.sqrt())(torch.tensor([9.]))
+    (True, tensor([3.]))
+    """
     if isinstance(weight, str) and weight in WEIGHTS: return WEIGHTS[weight]
     if not callable(weight):
         raise ValueError(f"weight {weight!r} is not known; expected one of {', '.join(WEIGHTS)}, "
