@@ -329,15 +329,16 @@ def test_ctrl_c_leaves_nothing(tmp_path):
 def test_a_board(tmp_path, monkeypatch, capsys):
     "Names with blanks, a folder to go on with; what is written is what the module writes."
     asked = []
-    def fake(denoiser, folder, methods, seeds, tuning, budget, echo):
-        asked.append((denoiser.name, folder.name, list(methods), list(seeds), list(tuning), budget))
+    def fake(denoiser, folder, methods, blocks, seeds, tuning, planted, budget, echo):
+        asked.append((denoiser.name, folder.name, list(methods), blocks, list(seeds), list(tuning), planted, budget))
         (folder/"rows").mkdir(parents=True, exist_ok=True)
         return {}
     monkeypatch.setattr("unlearn_nb.leaderboard.leaderboard", fake)
     for _ in range(2):
         run("leaderboard", "--methods", "ours, SISS at t=999", "--seeds", "100:102", "--tuning", "200,201",
-            "--budget", 3, "--out", tmp_path/"board")
-    assert asked == [("faces", "board", ["ours", "SISS at t=999"], [100, 101], [200, 201], 3)]*2
+            "--budget", 3, "--blocks", "our keeping,everything", "--planted", "planted-2", "--out", tmp_path/"board")
+    assert asked == [("faces", "board", ["ours", "SISS at t=999"], ["our keeping", "everything"], [100, 101],
+                      [200, 201], ["planted-2"], 3)]*2
     assert "written to" in capsys.readouterr().out
 
 
@@ -578,6 +579,8 @@ plant --seed 1 --out {}/no/such/o | no folder
 leaderboard --methods nobody --out {}/o | --methods 'nobody' is not known; expected some of naive
 leaderboard --methods ours,ours --out {}/o | twice
 leaderboard --methods ours, --out {}/o | --methods ''
+leaderboard --blocks nothing --out {}/o | --blocks 'nothing' is not known; expected some of as published
+leaderboard --planted faces --out {}/o | --planted 'faces' is not known; expected some of planted-1
 leaderboard --seeds 200:202 --out {}/o | the seed 200 is in --tuning and in --seeds
 leaderboard --seeds x --out {}/o | --seeds 'x'
 leaderboard --tuning x --out {}/o | --tuning 'x'

@@ -941,15 +941,20 @@ def bench(model, as_json):
 @cli.command(epilog="Example: unlearn_nb leaderboard --methods ours,ReTrack --out board")
 @option("--model", default="faces", unit="MODEL", what="'faces', a diffusers folder, or a hub id.")
 @option("--methods", unit="NAMES", show_default="all", what="Ways to forget, like ours,ReTrack.")
-@option("--seeds", default="100:106", unit="SEEDS", what=f"Seeds to forget in the test: {SEEDS}")
-@option("--tuning", default="200:202", unit="SEEDS", what="Seeds on which the settings are chosen.")
+@option("--seeds", default="100:108", unit="SEEDS", what=f"Seeds to forget in the test: {SEEDS}")
+@option("--tuning", default="200:203", unit="SEEDS", what="Seeds on which the settings are chosen.")
+@option("--blocks", unit="NAMES", show_default="all", what="What is lent, like 'as published,everything'.")
+@option("--planted", unit="NAMES", show_default="of faces its three; none of others",
+        what="Built-in models in which a picture was planted, like planted-1,planted-2.")
 @option("--budget", kind=COUNT, unit="N", default=50, what="Steps of a run.")
 @option("--out", kind=FOLDER, required=True, unit="FOLDER", what="Folder to write; a stopped board goes on from there.")
-def leaderboard(model, methods, seeds, tuning, budget, out):
+def leaderboard(model, methods, seeds, tuning, blocks, planted, budget, out):
     "Compare ways to forget. The model, the requests, the work and the size of the search are the same for all."
-    from unlearn_nb.leaderboard import METHODS, board_table, leaderboard
+    from unlearn_nb.leaderboard import BLOCKS, METHODS, PLANTED, board_table, leaderboard
     from unlearn_nb.zoo import load
     out, chosen = Path(out), names_of("--methods", methods, [*METHODS]) or list(METHODS)
+    blocks = names_of("--blocks", blocks, [*BLOCKS]) or list(BLOCKS)
+    planted = names_of("--planted", planted, PLANTED) or (PLANTED if model == "faces" else ())
     if out.exists() and not (out.is_dir() and ((out / "rows").is_dir() or not any(out.iterdir()))):
         raise ValueError(f"--out {str(out)!r} exists and holds no board; give another name or empty it")
     seeds, tuning = parse_seeds(seeds), parse_seeds(tuning, "--tuning")
@@ -960,8 +965,9 @@ def leaderboard(model, methods, seeds, tuning, budget, out):
     if denoiser.prompts:
         raise ValueError(f"--model {model!r} makes pictures of words or classes; the board is for models without")
     tidy(out, out / "rows")
-    results = leaderboard(denoiser, out, chosen, seeds, tuning, budget, click.echo)
-    click.echo(f"{board_table(results)}\nwritten to {out}")
+    results = leaderboard(denoiser, out, chosen, blocks, seeds, tuning, planted, budget, click.echo)
+    for block, made in results.items(): click.echo(f"{block}\n{board_table(made)}\n")
+    click.echo(f"written to {out}")
 
 # %% ../nbs/workshop/cli.ipynb #a16d8181
 STOPPED = ("stopped; nothing was written but the --checkpoint file, if one was given, or the rows of a board: the same "
