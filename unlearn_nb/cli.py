@@ -955,7 +955,8 @@ def leaderboard(model, methods, seeds, tuning, blocks, planted, budget, out):
     out, chosen = Path(out), names_of("--methods", methods, [*METHODS]) or list(METHODS)
     blocks = names_of("--blocks", blocks, [*BLOCKS]) or list(BLOCKS)
     planted = names_of("--planted", planted, PLANTED) or (PLANTED if model == "faces" else ())
-    if out.exists() and not (out.is_dir() and ((out / "rows").is_dir() or not any(out.iterdir()))):
+    known = (out / "rows").is_dir() or (out / "leaderboard.json").is_file()
+    if out.exists() and not (out.is_dir() and (known or not any(out.iterdir()))):
         raise ValueError(f"--out {str(out)!r} exists and holds no board; give another name or empty it")
     seeds, tuning = parse_seeds(seeds), parse_seeds(tuning, "--tuning")
     if both := set(seeds) & set(tuning):
