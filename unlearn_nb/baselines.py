@@ -56,15 +56,23 @@ def two(problem, states, merge, *, paths=False, loss=x0_loss, sign=1, name="forg
     return step_gradient
 
 # %% ../nbs/17_baselines.ipynb #d239e627
+def between(own, t_min, t_max):
+    "Of `States` those at timesteps from t_min on and below t_max; None if there are none."
+    part = (own.timesteps >= t_min) & (own.timesteps < t_max)
+    def cut(v): return v[:, part.to(v.device)]
+    return replace(own, timesteps=own.timesteps[part], x_t=cut(own.x_t), goal=cut(own.goal)) if part.any() else None
+
 def forget_image(problem, paths, goal=None, n=None):
     """A function g -> n states of the forget images (None: half a batch); goals: themselves or `goal` [R, C, H, W].
 
-    Noised to any level; paths: a share `path_share` of them on the model's own paths to them, where one is known."""
-    d, x_f, own = problem.denoiser, problem.x_f, problem.own if paths else None
+    Noised to any of problem.levels; paths: a share `path_share` on the model's own paths to them, if one is known."""
+    d, x_f, (t_min, t_max) = problem.denoiser, problem.x_f, problem.levels
+    own = between(problem.own, t_min * d.T / 1000, t_max * d.T / 1000) if paths and problem.own else None
     if own:
         end = own.x0 if goal is None else own.x0 + own.shift   # of mirrored paths the mirrored ones
         own = replace(own, goal=end[:, None].expand_as(own.goal))
-    how = dict(path_share=problem.cfg.path_share, mix_share=0., t_max=1000, sampling="uniform", known=problem.known)
+    how = dict(path_share=problem.cfg.path_share, mix_share=0., t_min=t_min, t_max=t_max, sampling="uniform",
+               cond=problem.cond, known=problem.known)
     goal, n = x_f if goal is None else goal, n or problem.size // 2
     return lambda g: forget_states(d, x_f, goal, own, n, g, **how)
 

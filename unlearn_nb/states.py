@@ -361,19 +361,21 @@ SAMPLING = {   # u in [0, 1), spread evenly -> t / t_max
     "logit_normal": lambda u: torch.special.ndtri(u).sigmoid(),
 }
 
-def noised_states(denoiser, x_f, x_s, n, g, *, t_max=550, sampling="low", mix=0., cond=None):
+def noised_states(denoiser, x_f, x_s, n, g, *, t_min=0, t_max=550, sampling="low", mix=0., cond=None):
     """n states (x_t, t, goal), with words (x_t, t, goal, cond), from forget images to surrogates.
 
     What lies a share `mix` ([n, 1, 1, 1] or a number) of the way from x_f to x_s [R, C, H, W] is
-    noised to timesteps below t_max (of 1000), as `SAMPLING` spreads them; the goal is x_s.
+    noised to timesteps from t_min on and below t_max (of 1000), as `SAMPLING` spreads them; the goal is x_s.
     cond [R]: the prompts of the requests.
 
     >>> x_s, g = model.encode([surrogate]), torch.Generator().manual_seed(0)
     >>> x_t, t, goal = noised_states(model, x[:1], x_s, 6, g)   # [6, 3, 32, 32], [6], [6, 3, 32, 32]
     """
     k = torch.randint(len(x_f), (n,), generator=g)
-    t_max = max(1, round(t_max * denoiser.T / 1000))
-    t = (SAMPLING[sampling](stratified(n, g)) * t_max).long().clamp(max=t_max - 1).to(x_f.device)
+    t_min, t_max = (round(t * denoiser.T / 1000) for t in (t_min, t_max))
+    t_max = max(t_min + 1, t_max)
+    t = t_min + SAMPLING[sampling](stratified(n, g)) * (t_max - t_min)
+    t = t.long().clamp(max=t_max - 1).to(x_f.device)
     source = x_f[k] + mix * (x_s[k] - x_f[k])
     x_t = denoiser.noise(source, torch.randn((n, *denoiser.shape), generator=g).to(x_f.device), t)
     return x_t, t, x_s[k], *([] if cond is None else [cond[k]])
@@ -426,7 +428,7 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
     return States(own.timesteps[:n], own.x_t[:, :n].contiguous(), goal, own.x0, own.cond, shift=shift)
 
 # %% ../nbs/06_states.ipynb #da41d435
-def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5, t_max=550,
+def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5, t_min=0, t_max=550,
                   sampling="low", cond=None, known=()):
     """The n forget states of one step, as of `noised_states`.
 
@@ -441,7 +443,7 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
     on_path = round(path_share * n) if own else 0
     far, moved = torch.rand(2, n, 1, 1, 1, generator=g).to(x_f.device)
     mix = far * (moved < mix_share)
-    how = dict(t_max=t_max, sampling=sampling, cond=cond)
+    how = dict(t_min=t_min, t_max=t_max, sampling=sampling, cond=cond)
     noisy = noised_states(denoiser, x_f, x_s, n - on_path, g, mix=mix[on_path:], **how)
     if not on_path: return noisy
     i, s = (torch.randint(size, (on_path,), generator=g) for size in own.x_t.shape[:2])

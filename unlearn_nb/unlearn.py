@@ -154,6 +154,7 @@ class Problem:
     cond: torch.Tensor | None = None   # [R] prompts, of a model with words
     requests: tuple = ()           # what was asked for
     known: list = field(default_factory=list)   # own paths that still give the picture: pushed more
+    levels: tuple = (0, 1000)      # from, below, of 1000: where a rival meets the forget images
 
     @property
     def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
