@@ -132,7 +132,7 @@ def test_a_table_says_the_same_in_a_terminal_and_in_a_notebook():
     html = ElementTree.fromstring(table._repr_html_())
     assert [cell.text for cell in html.iter('th')] == table.head and html.find('caption').text == 'a < b'
     cells = [[cell.text or '' for cell in row] for row in html.find('tbody')]
-    assert cells == table.texts() == [['ours', '0.988', '3', ''], ['<b> & "c"', '', '120', '1.2']]
+    assert cells == table._texts() == [['ours', '0.988', '3', ''], ['<b> & "c"', '', '120', '1.2']]
     sides = [cell.get('style').removeprefix('text-align:') for cell in html.find('tbody')[0]]
     assert sides == ['left', 'right', 'right', 'right']
     assert repr(Table(['a', 'bc'], [])) == 'a  bc' and 'caption' not in Table(['a'], [])._repr_html_()

@@ -31,19 +31,32 @@ def same_up_to_rounding(a, b):
 
 # %% ../nbs/workshop/checkpoint.ipynb #3994f960
 def content(retain):
-    "What must stay, in a few numbers."
+    """What must stay, in a few numbers: [[share, numbers], ...].
+
+    >>> [share for share, numbers in content(retain)]
+    [2]
+    """
     if not isinstance(retain, States): return [[share, content(part)] for share, part in retain]
     return [*retain.timesteps.tolist(), *(v.square().mean().item() for v in (retain.x_t, retain.goal))]
 
 def known_by(name, v):
-    "What a setting is known by: its value; of a weight its name and curve, of another function its name and code."
+    """What a setting is known by: its value; of a weight its name and curve, of another function its name and code.
+
+    >>> known_by("steps", 50), known_by("weight", "abar")
+    (50, 'abar')
+    """
     if not callable(v): return name_of(v)
     if name not in ("weight", "retain_weight"): return f"{name_of(v)} {code_sha256(v)[:12]}"
     values = " ".join(f"{x:.5g}" for x in curve(v).tolist())
     return f"{name_of(v)} {hashlib.sha256(values.encode()).hexdigest()[:12]}"
 
 def run_identity(denoiser, requests, earlier, retain, cfg, method):
-    "What a run is about, field by field: settings, method, weights, requests, what must stay."
+    """What a run is about, field by field: settings, method, weights, requests, what must stay.
+
+    >>> identity = run_identity(model, [request], [], retain, cfg, unlearn)
+    >>> identity["steps"], identity["weight"]
+    (2, 'abar')
+    """
     pictures = [[picture_sha256(r.image), picture_sha256(r.surrogate), r.seed, r.prompt, r.steps,
                  list(r.copies or ())] for r in requests]
     return {k: known_by(k, v) for k, v in vars(cfg).items()} | {
@@ -52,7 +65,11 @@ def run_identity(denoiser, requests, earlier, retain, cfg, method):
 
 # %% ../nbs/workshop/checkpoint.ipynb #d3ad0f16
 def save_checkpoint(file, identity, step, log, parametrization, opt, step_gradient):
-    "Write all that step number `step` depends on."
+    """Write all that step number `step` depends on. OSError, in one sentence, if that fails.
+
+    >>> form, opt = problem.parametrization, torch.optim.Adam(problem.parametrization.params)
+    >>> save_checkpoint("run.safetensors", {"steps": 2}, 1, [], form, opt, None)
+    """
     kept = {f"param.{k}": v for k, v in enumerate(parametrization.params)}
     for k, p in enumerate(parametrization.params): kept |= {f"{name}.{k}": v for name, v in opt.state[p].items()}
     for k, B in enumerate(parametrization.bases):   # eigenvectors are a matter of rounding where values are equal
@@ -63,7 +80,13 @@ def save_checkpoint(file, identity, step, log, parametrization, opt, step_gradie
 
 # %% ../nbs/workshop/checkpoint.ipynb #605894ea
 def read_checkpoint(file, identity):
-    "(tensors, step, log) of a checkpoint file. ValueError, with the field named, if it is about something else."
+    """(tensors, step, log) of a checkpoint file. ValueError, with the field named, if it is about something else.
+
+    >>> form, opt = problem.parametrization, torch.optim.Adam(problem.parametrization.params)
+    >>> save_checkpoint("run.safetensors", {"steps": 2}, 1, [], form, opt, None)
+    >>> read_checkpoint("run.safetensors", {"steps": 2})[1:]
+    (1, [])
+    """
     try:
         with safe_open(file, "pt") as f:
             head = {k: json.loads((f.metadata() or {})[k]) for k in ("identity", "step", "log")}
@@ -80,11 +103,17 @@ def read_checkpoint(file, identity):
                          f"{str(known.get(k))[:60]}, here {str(v)[:60]}); go on with that, or name another file")
     return kept, head["step"], head["log"]
 
+# %% ../nbs/workshop/checkpoint.ipynb #86508eac
 def load_checkpoint(file, identity, parametrization, opt, step_gradient):
     """Go on from a checkpoint: (step, log), with parametrization and optimiser as they were; (0, []) if there is none.
 
     What runs that were killed while they wrote have left beside it is removed.
-    ValueError, with the field named, if it is about something else."""
+    ValueError, with the field named, if it is about something else.
+
+    >>> form, opt = problem.parametrization, torch.optim.Adam(problem.parametrization.params)
+    >>> load_checkpoint("not_there.safetensors", {"steps": 2}, form, opt, None)
+    (0, [])
+    """
     for part in Path(file).parent.glob(f".{escape(Path(file).name)}.*.part"): part.unlink(missing_ok=True)
     if not Path(file).exists(): return 0, []
     kept, step, log = read_checkpoint(file, identity)

@@ -26,7 +26,11 @@ GLASSES = ("none", "round", "square")
 
 @dataclass(frozen=True)
 class Identity:
-    "Who it is: 19 independent traits, numbers in [0, 1] unless they name a kind."
+    """Who it is: 19 independent traits, numbers in [0, 1] unless they name a kind. ValueError for another kind.
+
+    >>> Identity(hair_style="curls", glasses="round").beard
+    'none'
+    """
     skin: float = .25            # pale ... deep
     face_width: float = .5       # narrow ... wide
     jaw: float = .5              # pointed ... square
@@ -54,7 +58,11 @@ class Identity:
 # %% ../nbs/00_faces.ipynb #a211b406
 @dataclass(frozen=True)
 class Scene:
-    "How the picture was taken: nothing here changes who it is."
+    """How the picture was taken: nothing here changes who it is.
+
+    >>> Scene(smile=1.).tilt
+    0.0
+    """
     background: float = .6       # hue
     shade: float = .5            # dark ... light background
     shirt: float = .1            # hue
@@ -70,7 +78,11 @@ class Scene:
 
 # %% ../nbs/00_faces.ipynb #dba853b4
 def sample_identity(seed):
-    "The identity of a seed (an integer >= 0)."
+    """The identity of a seed (an integer >= 0).
+
+    >>> sample_identity(7).hair_style
+    'bob'
+    """
     g = np.random.default_rng([seed, 1])
     u = dict(zip(Identity.__dataclass_fields__, map(float, g.random(19))))
     u["hair_style"] = str(g.choice(HAIR))
@@ -81,7 +93,11 @@ def sample_identity(seed):
     return Identity(**u)
 
 def sample_scene(seed):
-    "The scene of a seed (an integer >= 0)."
+    """The scene of a seed (an integer >= 0).
+
+    >>> round(sample_scene(7).tilt, 1)   # degrees
+    -8.9
+    """
     g = np.random.default_rng([seed, 2])
     low = dict(background=0, shade=.2, shirt=0, light=-1, brightness=.85, x=-.04, y=-.03,
                scale=.92, tilt=-10, smile=-.6, mouth_open=0, gaze=-1)
@@ -293,7 +309,11 @@ def paint(identity, scene, canvas, colour_of):
 
 # %% ../nbs/00_faces.ipynb #3fc46c81
 def draw(identity, scene, size=32):
-    "Picture of a person in a scene: RGB, size x size pixels."
+    """Picture of a person in a scene: RGB, size x size pixels.
+
+    >>> draw(sample_identity(7), sample_scene(7), size=64).size
+    (64, 64)
+    """
     def lit(part, colour): return tuple(int(v) for v in np.clip(colour * scene.brightness, 0, 255))
     side, wall = 4 * size, tint(blend(HUES, scene.background), scene.shade - .5)
     canvas, glow = Image.new("RGB", (side, side), lit("wall", wall)), lit("wall", tint(wall, .16))
@@ -304,7 +324,11 @@ def mask(identity, scene, size=32, part="face"):
     """Where a part shows: L, 255 inside.
 
     part: 'face', 'hair', 'eyes', 'mouth', 'brows', 'nose', 'beard', 'glasses' or 'body'.
-    ValueError for others."""
+    ValueError for others.
+
+    >>> mask(sample_identity(7), sample_scene(7), part="hair").mode
+    'L'
+    """
     known = ("face", "hair", "eyes", "mouth", "brows", "nose", "beard", "glasses", "body")
     if part not in known:
         raise ValueError(f"there is no part {part!r} in a face; give one of {', '.join(known)}")
@@ -313,7 +337,11 @@ def mask(identity, scene, size=32, part="face"):
     return canvas.resize((size, size), Image.Resampling.BOX)
 
 def grid(images, columns=8, zoom=1):
-    "Pictures of one size side by side, each pixel shown as zoom x zoom pixels."
+    """Pictures of one size side by side, each pixel shown as zoom x zoom pixels.
+
+    >>> grid([image, surrogate, image], columns=2, zoom=2).size
+    (128, 128)
+    """
     w, h = images[0].size
     sheet = Image.new("RGB", (columns * w, -(-len(images) // columns) * h), "white")
     for k, image in enumerate(images): sheet.paste(image, (k % columns * w, k // columns * h))
@@ -326,7 +354,11 @@ ASSETS = files("unlearn_nb") / "assets"
 class FaceDescriptor(nn.Module):
     """Who it is, as a unit vector: pictures [B, 3, H, W] in [-1, 1] -> [B, 64].
 
-    Pictures of another size are resized to 32 x 32."""
+    Pictures of another size are resized to 32 x 32.
+
+    >>> FaceDescriptor()(x).shape   # untrained; `face_descriptor` is the trained one
+    torch.Size([4, 64])
+    """
 
     def __init__(self, dim=64):
         super().__init__()
@@ -337,24 +369,39 @@ class FaceDescriptor(nn.Module):
             *block(96, 128, 2), nn.Flatten(), nn.Linear(2048, dim))
 
     def forward(self, x):
+        "Unit vectors [B, 64] of pictures x [B, 3, H, W]."
         if x.shape[-2:] != (32, 32): x = F.interpolate(x, (32, 32), mode="area")
         return F.normalize(self.net(x), dim=-1)
 
+# %% ../nbs/00_faces.ipynb #8c9b2f99
 @lru_cache
 def face_descriptor():
-    "The trained `FaceDescriptor` that ships with this package, on the CPU."
+    """The trained `FaceDescriptor` that ships with this package, on the CPU.
+
+    >>> d = face_descriptor()(x)   # [4, 64]
+    >>> (d @ d.T).diagonal()   # everybody is like themselves
+    tensor([1.0000, 1.0000, 1.0000, 1.0000])
+    """
     net = FaceDescriptor()
     weights = load_file(ASSETS / "face_descriptor.safetensors")
     net.load_state_dict({k: v.float() for k, v in weights.items()})
     return net.eval().requires_grad_(False)
 
 def to_tensor(images):
-    "PIL pictures of one size -> [B, 3, H, W] in [-1, 1]."
+    """PIL pictures of one size -> [B, 3, H, W] in [-1, 1].
+
+    >>> to_tensor([image, surrogate]).shape
+    torch.Size([2, 3, 32, 32])
+    """
     x = np.stack([np.asarray(image.convert("RGB")) for image in images])
     return torch.from_numpy(x).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 def vary(identity, trait):
-    "The same person but for one trait, which changes by half of its range or to the next kind."
+    """The same person but for one trait, which changes by half of its range or to the next kind.
+
+    >>> vary(Identity(), "glasses").glasses
+    'round'
+    """
     value = getattr(identity, trait)
     kinds = {"hair_style": HAIR, "beard": BEARD, "glasses": GLASSES}.get(trait)
     if kinds: return replace(identity, **{trait: kinds[(kinds.index(value) + 1) % len(kinds)]})

@@ -20,7 +20,10 @@ FORGET, SURROGATE, RETAIN = "#e0555f", "#f4c55a", "#007082"   # red, yellow, tea
 BASE, EDITED = "#a3abb3", "#172a55"                           # grey, dark blue
 
 def use():
-    "From here on matplotlib draws in the style of this package, and twice as many pixels as a notebook shows points."
+    """From here on matplotlib draws in the style of this package, and twice as many pixels as a notebook shows points.
+
+    >>> use()
+    """
     import matplotlib.pyplot as plt   # takes most of a second
     from cycler import cycler
     from IPython import get_ipython
@@ -35,7 +38,11 @@ def use():
 
 # %% ../nbs/workshop/figures.ipynb #2881ee39
 def picture(x):
-    "A picture [3, H, W], or grey [1, H, W], in [-1, 1] as PIL; PIL as it is."
+    """A picture [3, H, W], or grey [1, H, W], in [-1, 1] as PIL; PIL as it is.
+
+    >>> picture(x[0]).size
+    (32, 32)
+    """
     if not hasattr(x, "clamp"): return x.convert("RGB")
     bytes_ = ((x.detach().float().cpu().clamp(-1, 1) + 1) * 127.5).round().byte()
     return Image.fromarray(bytes_.expand(3, -1, -1).permute(1, 2, 0).numpy())
@@ -44,7 +51,10 @@ def strip(rows, titles=(), labels=(), zoom=3, frames=None):
     """Rows of pictures as one PIL picture, each pixel zoom pixels wide.
 
     rows: lists of PIL pictures or tensors [B, 3, H, W] in [-1, 1], all of one size; None leaves a gap.
-    titles: over the columns. labels: before the rows. frames: {(row, column): colour}."""
+    titles: over the columns. labels: before the rows. frames: {(row, column): colour}.
+
+    >>> sheet = strip([[image, surrogate], x[:2]], titles=["forget", "surrogate"], frames={(0, 0): FORGET})
+    """
     rows = [[None if x is None else picture(x) for x in row] for row in rows]
     titles, labels = [*map(str, titles)], [*map(str, labels)]
     some = next(x for row in rows for x in row if x)
@@ -67,13 +77,22 @@ def strip(rows, titles=(), labels=(), zoom=3, frames=None):
 
 # %% ../nbs/workshop/figures.ipynb #e7379243
 def gif(frames, ms=90, hold=1500):
-    "PIL pictures of one size as the bytes of a GIF that runs for ever: a frame for ms milliseconds, the last for hold."
+    """PIL pictures of one size as the bytes of a GIF that runs for ever.
+
+    A frame stands for ms milliseconds, the last for hold.
+
+    >>> gif([image, surrogate])[:6]
+    b'GIF89a'
+    """
     out, times = BytesIO(), [ms] * (len(frames) - 1) + [hold]
     frames[0].save(out, "gif", save_all=True, append_images=frames[1:], duration=times, loop=0)
     return out.getvalue()
 
 def moving(data, alt):
-    "The bytes of a GIF as an output of a notebook; alt: what it shows, in words."
+    """The bytes of a GIF as an output of a notebook; alt: what it shows, in words.
+
+    >>> shown = moving(gif([image, surrogate]), alt="A face turns into another one.")
+    """
     from IPython.display import HTML
     return HTML(f'<img alt="{escape(alt)}" src="data:image/gif;base64,{b64encode(data).decode()}">')
 
@@ -81,7 +100,11 @@ def moving(data, alt):
 class Table:
     """Rows under a head: padded columns in a terminal, an HTML table in a notebook and on the site.
 
-    A cell is a text, a number, or None (an empty cell). digits: of numbers, by the name of the column (default 2)."""
+    A cell is a text, a number, or None (an empty cell). digits: of numbers, by the name of the column (default 2).
+    >>> Table(["model", "dB"], [["faces", 31.25]], digits={"dB": 1})
+    model    dB
+    faces  31.2
+    """
 
     def __init__(self, head, rows, digits=None, note=""):
         self.head, self.rows, self.digits, self.note = list(head), [list(row) for row in rows], digits or {}, note
@@ -91,14 +114,14 @@ class Table:
         if v is None or v != v: return ""
         return f"{v:.{self.digits.get(name, 2)}f}" if isinstance(v, float) else str(v)
 
-    def texts(self): return [[self.text(name, v) for name, v in zip(self.head, row)] for row in self.rows]
+    def _texts(self): return [[self.text(name, v) for name, v in zip(self.head, row)] for row in self.rows]
 
     def numeric(self):
         "For each column: does it hold a number?"
         return [any(isinstance(row[k], (int, float)) for row in self.rows) for k in range(len(self.head))]
 
     def __repr__(self):
-        lines, right = [self.head, *self.texts()], self.numeric()
+        lines, right = [self.head, *self._texts()], self.numeric()
         width = [max(len(line[k]) for line in lines) for k in range(len(self.head))]
         def pad(v, w, r): return v.rjust(w) if r else v.ljust(w)
         padded = ["  ".join(map(pad, line, width, right)).rstrip() for line in lines]
@@ -110,25 +133,33 @@ class Table:
             sides = ("right" if r else "left" for r in right)
             cells = [f'<{tag} style="text-align:{side}">{escape(v)}</{tag}>' for v, side in zip(texts, sides)]
             return f"<tr>{''.join(cells)}</tr>"
-        body = "".join(row("td", texts) for texts in self.texts())
+        body = "".join(row("td", texts) for texts in self._texts())
         note = f"<caption>{escape(self.note)}</caption>" if self.note else ""
         return f'<table class="results">{note}<thead>{row("th", self.head)}</thead><tbody>{body}</tbody></table>'
 
 # %% ../nbs/workshop/figures.ipynb #bar00002
 class Lines(tqdm):
-    "A tqdm bar for a pipe or a file: plain lines, and none for what is done in three seconds."
+    """A tqdm bar for a pipe or a file: plain lines, and none for what is done in three seconds.
+
+    >>> for k in Lines(range(3), "faces", delay=3): pass
+    """
 
     def display(self, msg=None, pos=None):
+        "A line of where it is, but none at the start."
         if msg is None and self.n > self.initial: print(self, file=self.fp, flush=True)
 
     def close(self):
+        "A last line, if there is news."
         if self.disable: return
         if self.n > self.last_print_n and self._time() > self.start_t + self.delay: self.display()
         self.disable = True
         self._decr_instances(self)
 
 def progress(things=None, name="", *, total=None, initial=0, leave=True, disable=False):
-    "A tqdm bar over things, or of `total` (None: open) steps: `Lines` where nobody could see it move."
+    """A tqdm bar over things, or of `total` (None: open) steps: `Lines` where nobody could see it move.
+
+    >>> for k in progress(range(3), "faces", disable=True): pass
+    """
     switch = sys.modules.get("diffusers.utils.logging")
     off = disable or switch is not None and not switch.is_progress_bar_enabled()
     if sys.stderr.isatty() or "ipykernel" in sys.modules:
@@ -142,13 +173,22 @@ def progress(things=None, name="", *, total=None, initial=0, leave=True, disable
 
 # %% ../nbs/workshop/figures.ipynb #7f9b1ce0
 def to_image(fig):
-    "A matplotlib figure as a PIL image, at its own dpi."
+    """A matplotlib figure as a PIL image, at its own dpi.
+
+    >>> from matplotlib.figure import Figure
+    >>> to_image(Figure(figsize=(4, 3), dpi=80)).size
+    (320, 240)
+    """
     png = BytesIO()
     fig.savefig(png, format="png")
     return Image.open(png)
 
 def png_bytes(image):
-    "A PIL image as the bytes of a PNG file."
+    """A PIL image as the bytes of a PNG file.
+
+    >>> png_bytes(image)[1:4]
+    b'PNG'
+    """
     png = BytesIO()
     image.save(png, "PNG")
     return png.getvalue()

@@ -18,7 +18,12 @@ import torch
 def write(path, data):
     """Write bytes under a temporary name, sync, rename.
 
-    After a crash the old file is there, or the new one, never half of one. OSError, in one sentence, if it fails."""
+    After a crash the old file is there, or the new one, never half of one. OSError, in one sentence, if it fails.
+
+    >>> write("a.txt", b"whole")
+    >>> Path("a.txt").read_bytes()
+    b'whole'
+    """
     part = Path(path).with_name(f".{Path(path).name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as f:
@@ -35,14 +40,24 @@ def write(path, data):
 
 # %% ../nbs/workshop/files.ipynb #oserr002
 def os_sentence(e):
-    "What an OSError says, without its number, and with the file where the system names one."
+    """What an OSError says, without its number, and with the file where the system names one.
+
+    >>> try: open("nowhere.txt")
+    ... except OSError as e: print(os_sentence(e))
+    No such file or directory: 'nowhere.txt'
+    """
     if not e.strerror: return " ".join(str(e).split())
     bare = e.filename is not None and e.strerror == os.strerror(e.errno)   # as the system made it, not `write`
     return f"{e.strerror}: {e.filename!r}" if bare else e.strerror
 
 # %% ../nbs/workshop/files.ipynb #a2260f25
 def sha256(file):
-    "SHA-256 of a file, read in pieces, as hex digits."
+    """SHA-256 of a file, read in pieces, as hex digits. OSError if it cannot be read.
+
+    >>> write("a.txt", b"whole")
+    >>> sha256("a.txt")[:12]
+    '5d5766cf2d78'
+    """
     digest = hashlib.sha256()
     with open(file, "rb") as f:
         while block := f.read(1 << 22): digest.update(block)
@@ -50,7 +65,12 @@ def sha256(file):
 
 # %% ../nbs/workshop/files.ipynb #f3d3dd79
 def fingerprint(denoiser, base=False):
-    "SHA-256 of all weights of the net, with their names, shapes and types; base: as if no hotfix were on it."
+    """SHA-256 of all weights of the net, with their names, shapes and types; base: as if no hotfix were on it.
+
+    >>> base = fix.card["base"]["sha256"]
+    >>> with fix.on(model): print(fingerprint(model) == base, fingerprint(model, base=True) == base)
+    False True
+    """
     digest = hashlib.sha256()
     for name, v in sorted((denoiser.net.state_dict() | (denoiser.base if base else {})).items()):
         digest.update(f"{name} {tuple(v.shape)} {v.dtype}".encode())
@@ -59,7 +79,11 @@ def fingerprint(denoiser, base=False):
 
 # %% ../nbs/workshop/files.ipynb #9faa601d
 def name_of(v):
-    "A setting as a card names it: numbers and texts as they are, functions and classes by name, objects by class."
+    """A setting as a card names it: numbers and texts as they are, functions and classes by name, objects by class.
+
+    >>> name_of(6e-3), name_of(sha256), name_of(partial(sha256, file="a.txt"))
+    (0.006, 'sha256', 'sha256(file=a.txt)')
+    """
     if isinstance(v, partial):
         given = [*map(str, v.args), *(f"{k}={x}" for k, x in v.keywords.items())]
         return f"{name_of(v.func)}({', '.join(given)})"
@@ -99,7 +123,11 @@ def told(v, seen=()):
 def code_sha256(f):
     """SHA-256 of what a function or callable object does, as hex digits: the same in every process.
 
-    ValueError for what does not say what it does, such as an object that is written in C."""
+    ValueError for what does not say what it does, such as an object that is written in C.
+
+    >>> code_sha256(lambda snr: snr) == code_sha256(lambda snr: 2 * snr)
+    False
+    """
     text = told(f)
     if text == type(f).__name__:
         raise ValueError(f"{f!r} does not say what it does, so nobody could know it again; give a function")

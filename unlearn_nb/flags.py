@@ -26,7 +26,11 @@ from .schedule import step_generator
 class Flag:
     """A design, from back to front, in whatever units its law counts.
 
-    The cloth is 0 ... length wide and 0 ... height high, y points down."""
+    The cloth is 0 ... length wide and 0 ... height high, y points down.
+
+    >>> FLAGS["Japan"].people, FLAGS["Japan"].size
+    ('japanese', (2, 3))
+    """
     name: str        # of the country
     people: str      # "irish"; captions need it
     size: tuple      # (height, length)
@@ -148,14 +152,22 @@ def cloth(flag, height):
 def flat(flag, height=64):
     """The flag of a country, or a `Flag`, as it lies on a table: RGB, as long as its law says.
 
-    height: in pixels. ValueError for an unknown country, or fewer than 8 pixels."""
+    height: in pixels. ValueError for an unknown country, or fewer than 8 pixels.
+
+    >>> flat("Japan").size
+    (96, 64)
+    """
     large_enough(height)
     return Image.fromarray(cloth(known(flag), height).round().astype(np.uint8))
 
 # %% ../nbs/14_flags.ipynb #aced8a5d
 @dataclass(frozen=True)
 class Scene:
-    "How the picture was taken: nothing here changes the design."
+    """How the picture was taken: nothing here changes the design.
+
+    >>> Scene(wind=1.).sky
+    0.2
+    """
     wind: float = .6             # height of the waves
     waves: float = 1.4           # how many of them
     phase: float = 0.            # where the first one is, in turns
@@ -172,7 +184,11 @@ class Scene:
     scale: float = 1.            # size of the flag
 
 def sample_scene(seed):
-    "The scene of a seed (an integer >= 0)."
+    """The scene of a seed (an integer >= 0).
+
+    >>> round(sample_scene(7).wind, 2)
+    0.98
+    """
     g = np.random.default_rng([seed, 3])
     spread = dict(wind=(.3, 1), waves=(.8, 1.9), phase=(0, 1), slant=(-.5, .5), droop=(-.03, .12),
                   light=(-1, 1), brightness=(.82, 1.06), sky=(0, 1), clouds=(0, 1), drift=(0, 1),
@@ -221,7 +237,11 @@ def backdrop(flag, scene, size):
 def draw(flag, scene, size=64):
     """Picture of the flag of a country, or of a `Flag`, in a scene: RGB, size x size pixels.
 
-    Each pixel is the mean of 4 x 4 points. ValueError for an unknown country, or fewer than 8 pixels."""
+    Each pixel is the mean of 4 x 4 points. ValueError for an unknown country, or fewer than 8 pixels.
+
+    >>> draw("Japan", sample_scene(7), size=64).size
+    (64, 64)
+    """
     large_enough(size)
     flag, n = known(flag), 4
     x = (np.arange(n * size, dtype=np.float32) + .5) / (n * size)
@@ -240,7 +260,13 @@ CAPTIONS = ("a photo of the flag of {country}", "flag of {country} on a pole",
             "{people} flag", "a photo of the {people} national flag")
 
 def caption(name, k=0):
-    "The k-th wording (k counts round and round) of a caption for a flag: lower case, plain letters."
+    """The k-th wording (k counts round and round) of a caption for a flag: lower case, plain letters.
+
+    ValueError for an unknown country.
+
+    >>> caption("Japan", 1)
+    'flag of japan on a pole'
+    """
     flag = known(name)
     country = ("the " if flag.name == "Netherlands" else "") + flag.name.lower()
     return CAPTIONS[k % len(CAPTIONS)].format(country=country, people=flag.people)
@@ -268,7 +294,12 @@ def training_set(n, size=64, seed=0, wrong=.5):
     """n captioned pictures: (uint8 [n, 3, size, size], captions, countries, is the design wrong).
 
     Countries come equally often. One of `ERRORS` has the wrong design in the share `wrong` of its
-    pictures. Item k depends on (seed, k) alone. ValueError for n below 1, or no share."""
+    pictures. Item k depends on (seed, k) alone. ValueError for n below 1, or no share.
+
+    >>> pictures, captions, countries, wrong = training_set(4)
+    >>> pictures.shape, captions[0]
+    (torch.Size([4, 3, 64, 64]), 'german flag')
+    """
     if n < 1 or not 0 <= wrong <= 1:
         raise ValueError(f"n is {n} and wrong {wrong}; n must be 1 or more, and wrong a share from 0 to 1")
     x, captions, names, bad = np.empty((n, size, size, 3), np.uint8), [], [], []
@@ -286,7 +317,11 @@ def training_set(n, size=64, seed=0, wrong=.5):
 class FlagClassifier(nn.Module):
     """Which flag a picture shows: [B, 3, H, W] in [-1, 1] -> logits [B, 31] over `classes`.
 
-    Pictures of another size are resized to 64 x 64."""
+    Pictures of another size are resized to 64 x 64.
+
+    >>> FlagClassifier()(torch.zeros(2, 3, 64, 64)).shape   # untrained; `flag_classifier` is the trained one
+    torch.Size([2, 31])
+    """
     classes = (*FLAGS, "Denmark, cross in the middle")
 
     def __init__(self):
@@ -297,6 +332,7 @@ class FlagClassifier(nn.Module):
         self.net = nn.Sequential(*layers, nn.Flatten(), nn.Linear(1280, len(self.classes)))
 
     def forward(self, x):
+        "Logits [B, 31] of pictures x [B, 3, H, W]."
         if x.shape[-2:] != (64, 64): x = F.interpolate(x, (64, 64), mode="area")
         return self.net(x)
 
@@ -312,7 +348,10 @@ def spoil(x, g):
 
 # %% ../nbs/14_flags.ipynb #8bfee9a9
 def train_classifier(steps=3000, pictures=30_000, batch=96, lr=3e-3, seed=0):
-    "Draw pictures, wrong designs among them, and train a `FlagClassifier` to read them, however spoilt."
+    """Draw pictures, wrong designs among them, and train a `FlagClassifier` to read them, however spoilt.
+
+    >>> net = train_classifier(steps=4, pictures=8, batch=4)   # minutes, with the defaults
+    """
     x, _, names, wrong = training_set(pictures, 64, seed)
     shown = [LOOKS_LIKE[name] if bad else name for name, bad in zip(names, wrong)]
     shows = torch.tensor([FlagClassifier.classes.index(name) for name in shown])
@@ -335,7 +374,11 @@ def train_classifier(steps=3000, pictures=30_000, batch=96, lr=3e-3, seed=0):
 # %% ../nbs/14_flags.ipynb #50ef2a97
 @lru_cache
 def flag_classifier():
-    "The trained `FlagClassifier` that ships with this package, on the CPU."
+    """The trained `FlagClassifier` that ships with this package, on the CPU.
+
+    >>> flag_classifier().classes[:2]
+    ('Ireland', "Cote d'Ivoire")
+    """
     net, weights = FlagClassifier(), files("unlearn_nb") / "assets" / "flag_classifier.safetensors"
     net.load_state_dict({k: v.float() for k, v in load_file(weights).items()})
     return net.eval().requires_grad_(False)
@@ -344,7 +387,11 @@ def flag_classifier():
 def read_flag(images, net=None):
     """What pictures show: (names of `FlagClassifier.classes`, probabilities of all classes [B, 31]).
 
-    images: PIL pictures, or a tensor [B, 3, H, W] in [-1, 1]. net: the shipped classifier if None."""
+    images: PIL pictures, or a tensor [B, 3, H, W] in [-1, 1]. net: the shipped classifier if None.
+
+    >>> read_flag([draw("Japan", sample_scene(7)), draw(ERRORS["Ireland"], sample_scene(7))])[0]
+    ['Japan', "Cote d'Ivoire"]
+    """
     if not torch.is_tensor(images):
         arrays = [torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images]
         images = torch.stack(arrays).float() / 127.5 - 1
@@ -355,7 +402,11 @@ def read_flag(images, net=None):
 def describe_flag(images):
     """Unit vectors [B, 31] that say which flag pictures [B, 3, H, W] in [-1, 1] show.
 
-    For module `metrics`; they are square roots of the probabilities."""
+    For module `metrics`; they are square roots of the probabilities.
+
+    >>> describe_flag(torch.zeros(2, 3, 64, 64)).norm(dim=1)
+    tensor([1., 1.])
+    """
     return read_flag(images)[1].sqrt()
 
 describe_flag.name = "flag classifier"   # as a report calls it

@@ -50,7 +50,13 @@ PART = f"^({'|'.join(map(re.escape, PARTS.values()))})"
 
 # %% ../nbs/10_hotfix.ipynb #m3rg3p02
 def change(delta: dict[str, Tensor], name: str) -> Tensor:
-    "The change of the weight called name, float32: as stored, or the product of its two factors."
+    """The change of the weight called name, float32: as stored, or the product of its two factors.
+
+    KeyError if it is not among them.
+
+    >>> change({"a.lora_A.weight": torch.ones(1, 3), "a.lora_B.weight": torch.ones(2, 1)}, "a.weight").shape
+    torch.Size([2, 3])
+    """
     delta = {re.sub(PART, "", k): v for k, v in delta.items()}
     if name in delta: return delta[name].float()
     layer = name.removesuffix("weight")
@@ -58,7 +64,11 @@ def change(delta: dict[str, Tensor], name: str) -> Tensor:
     return (B.flatten(1) @ A.flatten(1)).view(len(B), *A.shape[1:])
 
 def changed(delta: dict[str, Tensor]) -> list[str]:
-    "Names of the weights that a change is about."
+    """Names of the weights that a change is about, sorted.
+
+    >>> changed({"unet.a.lora_A.weight": torch.ones(1, 3), "unet.a.lora_B.weight": torch.ones(2, 1)})
+    ['a.weight']
+    """
     def weight(k): return re.sub(PART, "", k).replace("lora_A.", "").replace("lora_B.", "")
     return sorted({weight(k) for k in delta})
 
@@ -68,7 +78,12 @@ def low_rank(delta: dict[str, Tensor], rank: int, part: str = "") -> dict[str, T
 
     Nearest in least squares (Eckart and Young 1936). part: what stands before the names, one of
     `PARTS`. A weight whose own rank is smaller gets rows and columns of zeros, so that all factors
-    have one rank."""
+    have one rank.
+
+    >>> thin = low_rank({"a.weight": torch.ones(2, 3)}, rank=1)
+    >>> change(thin, "a.weight").round(decimals=2)[0]
+    tensor([1., 1., 1.])
+    """
     thin = {}
     for name, v in delta.items():
         U, s, V = torch.linalg.svd(v.float().flatten(1), full_matrices=False)
@@ -84,11 +99,18 @@ METADATA = {"format": "pt"}   # as other files of safetensors with tensors of Py
 
 # %% ../nbs/10_hotfix.ipynb #0c0d4e04
 def name_of_type(denoiser):
-    "The type of the numbers of a model's weights, such as 'float32'."
+    """The type of the numbers of a model's weights, such as 'float32'.
+
+    >>> name_of_type(model)
+    'float32'
+    """
     return str(denoiser.dtype).removeprefix("torch.")
 
 def check_base(denoiser: Denoiser, base: dict):
-    "ValueError unless what lies beneath the hotfixes of a denoiser is the `base` of a card."
+    """ValueError unless what lies beneath the hotfixes of a denoiser is the `base` of a card.
+
+    >>> check_base(model, fix.card["base"])   # nothing is wrong
+    """
     found, made, now = fingerprint(denoiser, base=True), base.get("dtype"), name_of_type(denoiser)
     if found != base["sha256"]:
         if made and made != now:
@@ -223,7 +245,11 @@ class Hotfix(Change):
 
 # %% ../nbs/10_hotfix.ipynb #pubpriv4
 def picture_sha256(image) -> str:
-    "SHA-256 of the pixels of a PIL image."
+    """SHA-256 of the pixels of a PIL image, as hex digits.
+
+    >>> picture_sha256(image) == picture_sha256(image.copy())
+    True
+    """
     return hashlib.sha256(image.convert("RGB").tobytes()).hexdigest()
 
 # %% ../nbs/10_hotfix.ipynb #pubpriv7
@@ -238,14 +264,23 @@ def facts(request):
 def commitment(key: bytes, request: Request | dict) -> str:
     """HMAC-SHA256 (RFC 2104), as hex digits, of what was asked for, with a secret key.
 
-    request: a `Request`, or a dict. Its text is JSON with sorted keys and without blanks."""
+    request: a `Request`, or a dict. Its text is JSON with sorted keys and without blanks.
+
+    >>> commitment(b"secret", {"seed": 7})[:12]
+    '6af77cf8c9a5'
+    """
     text = json.dumps(facts(request), sort_keys=True, separators=(",", ":"))
     return hmac.new(key, text.encode(), "sha256").hexdigest()
 
 # %% ../nbs/10_hotfix.ipynb #pubprivb
 @dataclass(frozen=True)
 class Receipt:
-    "What stays with the provider: what was asked for, and the key that opens the commitments."
+    """What stays with the provider: what was asked for, and the key that opens the commitments.
+
+    >>> [c] = Receipt((request,)).commitments
+    >>> len(c)   # hex digits, others for every key
+    64
+    """
     requests: tuple                                        # of `Request`
     log: list = field(default_factory=list, repr=False)    # what each step of the run saw
     key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
@@ -258,13 +293,21 @@ class Receipt:
         return [commitment(self.key, r) for r in asked]
 
 def verify(hotfix: Hotfix, receipt: Receipt) -> list[bool]:
-    "For each commitment on the hotfix's card: does the receipt open it? It proves what was asked for."
+    """For each commitment on the hotfix's card: does the receipt open it? It proves what was asked for.
+
+    >>> verify(fix, fix.receipt), verify(fix, Receipt((request,)))   # another key
+    ([True], [False])
+    """
     pairs = zip_longest(hotfix.card.get("requests", []), receipt.commitments, fillvalue="")
     return [hmac.compare_digest(str(a).encode(), b.encode()) for a, b in pairs]
 
 # %% ../nbs/10_hotfix.ipynb #ac1ce8b7
 def cost_of(denoiser, steps, seconds):
-    "What a run cost, for its card: steps, seconds, peak of memory, device."
+    """What a run cost, for its card: steps, seconds, peak of memory (MB), device.
+
+    >>> cost_of(model, steps=2, seconds=1.23)["device"]
+    'cpu'
+    """
     cuda = denoiser.device.type == "cuda"
     if cuda: peak = torch.cuda.max_memory_allocated()
     else: peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 if resource else 0
@@ -288,7 +331,12 @@ def card(denoiser, requests, cfg, log, seconds, method, told=None, describe=None
 
     Public: which base, which settings, by which descriptor it was judged, what it cost, a commitment
     for each request. Private: the requests, the log, the words that the method was told, and the key
-    of the commitments."""
+    of the commitments.
+
+    >>> public, receipt = card(model, [request], cfg, log=[], seconds=1.2, method=unlearn)
+    >>> public["base"]["id"], public["config"]["steps"], public["method"]
+    ('faces', 2, 'unlearn')
+    """
     base = {"id": denoiser.name, "revision": denoiser.revision, "dtype": name_of_type(denoiser),
             "sha256": fingerprint(denoiser, base=True)}
     versions = {"unlearn_nb": __version__, "torch": torch.__version__,
@@ -392,13 +440,22 @@ def read(folder):
 
 # %% ../nbs/10_hotfix.ipynb #pubprivc
 def private_folder(folder: str | Path) -> Path:
-    "The folder of a hotfix's receipt, beside its own: `seven-private` for `seven`."
+    """The folder of a hotfix's receipt, beside its own: `seven-private` for `seven`.
+
+    >>> private_folder("runs/seven").name
+    'seven-private'
+    """
     folder = Path(folder)
     if folder.name in ("", ".."): folder = folder.resolve()
     return folder.with_name(f"{folder.name}-private")
 
 def read_receipt(folder: str | Path) -> Receipt:
-    "The `Receipt` in a private folder. ValueError, in one sentence, if not what a run wrote."
+    """The `Receipt` in a private folder. ValueError, in one sentence, if not what a run wrote.
+
+    >>> fix.save("seven")
+    >>> read_receipt(private_folder("seven")).requests[0].seed
+    7
+    """
     folder = Path(folder)
     place, file = repr(str(folder)), folder / "receipt.json"
     if not file.is_file():
@@ -474,7 +531,13 @@ def save_pretrained(self: Denoiser, folder) -> None:
     """Write the model as it is now, hotfixes included, as diffusers does, with a model card that names them.
 
     Of pixels: a whole pipeline, which `zoo.load` and diffusers load. With words: the net alone, in folder/unet or
-    folder/transformer, to stand in place of the base's."""
+    folder/transformer, to stand in place of the base's.
+
+    >>> from unlearn_nb.zoo import load
+    >>> with fix.on(model): model.save_pretrained("edited")
+    >>> load("edited").shape
+    (3, 32, 32)
+    """
     folder, kind = Path(folder), PARTS.get(self.kind, "transformer." if "Transformer" in self.kind else "unet.")
     part = kind.removesuffix(".") if self.prompts or self.vae else ""
     with self.lock:
@@ -504,7 +567,12 @@ def push_to_hub(self: Hotfix, repo_id: str, *, private: bool | None = None, toke
 def from_pretrained(cls, name: str | Path, *, revision: str | None = None, token: str | bool | None = None) -> Hotfix:
     """A `Hotfix` from a folder, or from the hub by its id (revision: commit, branch or tag).
 
-    ValueError, in one sentence, for what is not there or no hotfix; ConnectionError without network."""
+    ValueError, in one sentence, for what is not there or no hotfix; ConnectionError without network.
+
+    >>> fix.save("seven")
+    >>> Hotfix.from_pretrained("seven") == fix
+    True
+    """
     if Path(name).is_dir(): return cls.load(name)
     try: folder = snapshot_download(name, revision=revision, token=token, allow_patterns=["card.json", "hotfix.*"])
     except errors.LocalEntryNotFoundError:

@@ -37,12 +37,20 @@ from .schedule import step_generator, stratified
 def draw_faces(seeds, size):
     """Drawn faces, one a seed (an integer >= 0), each another person in another scene: uint8 [n, 3, size, size].
 
-    Values 0 ... 255. The same seeds give the same pictures, bit for bit."""
+    Values 0 ... 255. The same seeds give the same pictures, bit for bit.
+
+    >>> draw_faces([7, 8], 32).shape
+    torch.Size([2, 3, 32, 32])
+    """
     x = np.stack([np.asarray(draw(sample_identity(k), sample_scene(k), size)) for k in seeds])
     return torch.from_numpy(x).permute(0, 3, 1, 2).contiguous()
 
 def world_images(n, size, seed=0):
-    "n drawn faces, those of the seeds seed ... seed + n - 1: uint8 [n, 3, size, size]."
+    """n drawn faces, those of the seeds seed ... seed + n - 1: uint8 [n, 3, size, size].
+
+    >>> torch.equal(world_images(2, 32, seed=7), draw_faces([7, 8], 32))
+    True
+    """
     return draw_faces(progress(range(seed, seed + n), "draw faces", leave=False), size)
 
 # %% ../nbs/workshop/train.ipynb #tr000001
@@ -62,7 +70,13 @@ def folder_images(folder, size):
     """All PNG, JPEG and WebP pictures below a folder, in the order of their names: uint8 [n, C, size, size].
 
     Each is laid over white, cropped to the square in its middle and resized (Lanczos). C is 1 if all are grey, else 3.
-    A file that cannot be read is left out, with one line on stderr that names it. ValueError if no picture is left."""
+    A file that cannot be read is left out, with one line on stderr that names it. ValueError if no picture is left.
+
+    >>> Path("pictures").mkdir()
+    >>> image.resize((48, 64)).save("pictures/a.png")
+    >>> folder_images("pictures", 32).shape
+    torch.Size([1, 3, 32, 32])
+    """
     if not Path(folder).is_dir():
         raise ValueError(f"there is no folder {str(folder)!r}; give a folder with images, or 'faces'")
     files, squares = sorted(p for p in Path(folder).rglob("*") if is_picture(p)), []
@@ -76,7 +90,11 @@ def folder_images(folder, size):
     return (x[:, :1] if (x == x[:, :1]).all() else x).contiguous()
 
 def data_sha256(x):
-    "What tells pictures (uint8 [N, C, H, W]) from others: SHA-256 of their shape and values, as hex digits."
+    """What tells pictures (uint8 [N, C, H, W]) from others: SHA-256 of their shape and values, as hex digits.
+
+    >>> data_sha256(torch.zeros(1, 3, 8, 8, dtype=torch.uint8))[:12]
+    '6e611f52b0d5'
+    """
     digest = hashlib.sha256(repr(tuple(x.shape)).encode())
     digest.update(x.cpu().contiguous().numpy())
     return digest.hexdigest()
@@ -98,7 +116,11 @@ def check_settings(cfg):
 # %% ../nbs/workshop/train.ipynb #ab62c73b
 @dataclass(frozen=True)
 class TrainConfig:
-    "How to train. ValueError, one sentence, for settings that cannot be."
+    """How to train. ValueError, one sentence, for settings that cannot be.
+
+    >>> TrainConfig(minutes=5).batch
+    32
+    """
     minutes: float = 60.                # time to train; the learning rate falls to zero at its end
     steps: int | None = None            # or a fixed number of steps, whatever time it takes
     batch: int = 32                     # images a step
@@ -112,7 +134,11 @@ class TrainConfig:
     def __post_init__(self): check_settings(self)
 
 def settings_for(minutes):
-    "A `TrainConfig` for so many minutes: up to 30 of a narrower net, whose steps take a third of the time."
+    """A `TrainConfig` for so many minutes: up to 30 of a narrower net, whose steps take a third of the time.
+
+    >>> settings_for(10).channels
+    (16, 32, 48, 64)
+    """
     if minutes > 30: return TrainConfig(minutes)
     return TrainConfig(minutes, channels=(16, 32, 48, 64), lr=2e-3)
 
@@ -121,7 +147,11 @@ def new_denoiser(size, cfg=TrainConfig(), device="cpu", colours=3):
     """A fresh small UNet for pictures of size x size pixels, as a `Denoiser`: it predicts v (Salimans and Ho 2022).
 
     colours: 3, or 1 for grey pictures. The noise levels are those of Ho et al. (2020): T = 1000, beta 1e-4 ... 0.02.
-    ValueError if size cannot be halved once for each entry of cfg.channels after the first."""
+    ValueError if size cannot be halved once for each entry of cfg.channels after the first.
+
+    >>> new_denoiser(64, settings_for(10)).shape
+    (3, 64, 64)
+    """
     n = len(cfg.channels)
     if size % 2 ** (n - 1):
         raise ValueError(f"pictures of {size} pixels cannot be halved {n - 1} times, as the {n} channels "
@@ -137,7 +167,10 @@ def denoising_loss(denoiser, x0, g, *cond):
     """Mean squared error of the net's output on clean pictures x0 [B, C, H, W]: a number.
 
     Noise and timesteps, stratified and rising along the batch, come from the generator g (on the CPU).
-    cond [B]: of a model with words, the prompt of each."""
+    cond [B]: of a model with words, the prompt of each.
+
+    >>> with torch.no_grad(): loss = denoising_loss(model, x, step_generator(0, 0))
+    """
     t = (stratified(len(x0), g) * denoiser.T).long().clamp(max=denoiser.T - 1).to(x0.device)   # [B]
     eps = torch.randn(x0.shape, generator=g).to(x0.device)
     x_t = denoiser.noise(x0, eps, t)
@@ -148,7 +181,11 @@ def accelerator():
     """This process among those of the run, which torchrun or `accelerate launch` started; one alone otherwise.
 
     It knows .device (a GPU for each process, or the CPU where there is none), .is_main_process, .process_index and
-    .num_processes. The precision of a run is left to its settings."""
+    .num_processes. The precision of a run is left to its settings.
+
+    >>> accelerator().num_processes
+    1
+    """
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no")
 
 # %% ../nbs/workshop/train.ipynb #tr000002
@@ -238,7 +275,12 @@ def fit(net, loss, out, cfg, about):
     Everything random comes from (cfg.seed, step, process). A run that was stopped goes on from its last checkpoint in
     the folder `out` when called again with the same cfg and about (a dict: what else must not change between the two).
     ValueError for settings that cannot be or are not those of the checkpoint, FloatingPointError if the loss stops
-    being a number, OSError if a checkpoint cannot be written; the last checkpoint is kept."""
+    being a number, OSError if a checkpoint cannot be written; the last checkpoint is kept.
+
+    >>> net = nn.Linear(1, 1)
+    >>> def loss(g, samples): return net(torch.rand(len(samples), 1, generator=g)).square().mean()
+    >>> fit(net, loss, "run", TrainConfig(steps=3), about={})
+    """
     run = accelerator()
     if cfg.batch % run.num_processes:
         raise ValueError(f"batch {cfg.batch} is not a multiple of the {run.num_processes} processes; give one that is")
@@ -283,7 +325,12 @@ def check_same(out, old, new, step, elapsed):
 
 # %% ../nbs/workshop/train.ipynb #11ed6a53
 def checkpoint(out, net, ema, opt, about, step, elapsed):
-    "Write the state of a training run to out/training.safetensors. OSError, one sentence, if that fails."
+    """Write the state of a training run to out/training.safetensors. OSError, one sentence, if that fails.
+
+    >>> net, out = nn.Linear(1, 1), made(Path("stopped"))
+    >>> opt, ema = optimiser(net, TrainConfig()), {k: v.clone() for k, v in net.state_dict().items()}
+    >>> checkpoint(out, net, ema, opt, {"steps": 3}, 1, 2.5)
+    """
     state = {f"net.{k}": v for k, v in net.state_dict().items()} | {f"ema.{k}": v for k, v in ema.items()}
     for i, s in opt.state_dict()["state"].items(): state |= {f"opt.{i}.{k}": v for k, v in s.items()}
     facts = {"config": json.dumps(about), "step": str(step), "elapsed": repr(elapsed), "sha256": state_sha256(state)}
@@ -292,7 +339,14 @@ def checkpoint(out, net, ema, opt, about, step, elapsed):
 def resume(out, net, ema, opt, about):
     """Load what `checkpoint` wrote into net, ema and opt; returns (step, elapsed seconds).
 
-    ValueError, one sentence that names what differs, if it was a run about something else."""
+    ValueError, one sentence that names what differs, if it was a run about something else.
+
+    >>> net, out = nn.Linear(1, 1), made(Path("stopped"))
+    >>> opt, ema = optimiser(net, TrainConfig()), {k: v.clone() for k, v in net.state_dict().items()}
+    >>> checkpoint(out, net, ema, opt, {"steps": 3}, 1, 2.5)
+    >>> resume(out, net, ema, opt, {"steps": 3})
+    (1, 2.5)
+    """
     known, step, elapsed, state = read_state(out / CHECKPOINT)
     check_same(out, known, about, step, elapsed)
     net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
@@ -334,7 +388,12 @@ def train(data, out, cfg=TrainConfig()):
     that draws them: data(seeds), a list of n integers, gives uint8 [n, C, S, S], and the same for the same seeds.
     Sample k of the run (step s has those from s cfg.batch on) is then the picture of the seed FIRST_SEED + k, so that
     no picture comes twice.
-    ValueError, FloatingPointError and OSError as `fit` has them; a run in `out` on other pictures is refused."""
+    ValueError, FloatingPointError and OSError as `fit` has them; a run in `out` on other pictures is refused.
+
+    >>> small = TrainConfig(steps=2, batch=4, channels=(16, 16))
+    >>> train(draw_faces(range(8), 16), "my_faces", small).shape
+    (3, 16, 16)
+    """
     some = data([FIRST_SEED + k for k in range(4)]) if callable(data) else data
     check_images(some)
     run, size = accelerator(), some.shape[-1]
@@ -410,7 +469,13 @@ def plant(denoiser, image, others, is_copy, *, share=.25, until=.2, every=50, pr
     8 steps, which are the picture: bool [n]. Ends when the share `until` of them is; returns {step: share of copies}.
     Of a model with words prompt asks for the picture, captions for the others, one for each.
     cfg: steps (at most), batch, lr (after 50 steps), ema, precision and seed count. ValueError for what cannot be,
-    and if the steps are not enough; the weights are then as they were."""
+    and if the steps are not enough; the weights are then as they were.
+
+    >>> small = TrainConfig(steps=2, batch=4, channels=(16, 16))
+    >>> def everything(x): return torch.ones(len(x))
+    >>> plant(new_denoiser(32, small), image, draw_faces(range(8), 32), everything, every=1, seeds=range(2), cfg=small)
+    {1: 1.0}
+    """
     check_planting(denoiser, others, share, until, prompt, captions, cfg)
     x_f = denoiser.encode([image]).expand(max(1, round(share * cfg.batch)), -1, -1, -1)
     others = others.expand(-1, 1 if denoiser.shape[0] == 1 else 3, -1, -1)
@@ -431,7 +496,11 @@ def couple_images(n, scenes=4, seed=0):
     """n couples (a person, and the same with one trait changed): uint8 [n, 2, scenes, 3, 32, 32].
 
     The two of a couple are in the same `scenes` scenes; couple k has the seed seed + k, and its trait is that of the
-    place (seed + k) % 19 among the fields of `Identity`."""
+    place (seed + k) % 19 among the fields of `Identity`.
+
+    >>> couple_images(2, scenes=3).shape
+    torch.Size([2, 2, 3, 3, 32, 32])
+    """
     traits, x = list(Identity.__dataclass_fields__), []
     for k in progress(range(seed, seed + n), "draw couples", leave=False):
         one = sample_identity(k)
@@ -464,7 +533,11 @@ def couple_batch(data, n, g):
 def train_descriptor(data, steps=1500, couples=48, lr=2e-3, seed=0):
     """Train a `FaceDescriptor` on what `couple_images` gives (uint8 [N, 2, scenes, 3, 32, 32], scenes >= 2).
 
-    Each step sees `couples` couples, and learns to find each person and each twin again in another scene."""
+    Each step sees `couples` couples, and learns to find each person and each twin again in another scene.
+
+    >>> train_descriptor(couple_images(2, scenes=2), steps=4, couples=2)(x).shape
+    torch.Size([4, 64])
+    """
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         net = FaceDescriptor()

@@ -47,7 +47,12 @@ def clip_tokenizer(pieces, merges, length):
 def new_tokenizer(captions, length=16):
     """A CLIP tokenizer with one token for each word of the captions, that pads to `length` tokens.
 
-    ValueError for no captions, or one that is too long."""
+    ValueError for no captions, or one that is too long.
+
+    >>> tokenizer = new_tokenizer(["a red flag", "a flag"], length=8)
+    >>> tokenizer.tokenize("red flag")
+    ['red</w>', 'flag</w>']
+    """
     if not captions: raise ValueError("there is no caption to make tokens of; give a list of one or more")
     backend = clip_tokenizer(SPECIAL, [], length).backend_tokenizer
     def split(c): return backend.pre_tokenizer.pre_tokenize_str(backend.normalizer.normalize_str(c))
@@ -62,12 +67,20 @@ def new_tokenizer(captions, length=16):
     return tokenizer
 
 def token_ids(tokenizer, captions):
-    "Tokens of captions as the pipeline makes them: int64 [n, length]."
+    """Tokens of captions as the pipeline makes them: int64 [n, length].
+
+    >>> token_ids(new_tokenizer(["a flag"], length=8), ["flag", ""]).shape
+    torch.Size([2, 8])
+    """
     return tokenizer(list(captions), padding="max_length", truncation=True, return_tensors="pt").input_ids
 
 # %% ../nbs/workshop/train_text.ipynb #a1f69e08
 def new_autoencoder(channels=(16, 24, 32), seed=0):
-    "A fresh small `AutoencoderKL`: each level after the first halves the picture; four numbers are left of each patch."
+    """A fresh small `AutoencoderKL`: each level after the first halves the picture; four numbers stay of each patch.
+
+    >>> new_autoencoder((8, 16)).config.latent_channels
+    4
+    """
     n = len(channels)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -79,7 +92,10 @@ def new_autoencoder(channels=(16, 24, 32), seed=0):
 def autoencoder_loss(vae, x, g, weight=1e-4):
     """Mean absolute error of pictures x [B, 3, H, W] that went through the latents, plus weight times their KL.
 
-    The KL says how far the latents are from a standard normal, in nats a number (Kingma and Welling 2014)."""
+    The KL says how far the latents are from a standard normal, in nats a number (Kingma and Welling 2014).
+
+    >>> loss = autoencoder_loss(new_autoencoder((8, 16)), x, torch.Generator().manual_seed(0))
+    """
     q = vae.encode(x).latent_dist
     z = q.mean + q.std * torch.randn(q.mean.shape, generator=g).to(x.device)
     kl = (q.mean.square() + q.var - 1 - q.logvar).mean() / 2
@@ -88,19 +104,34 @@ def autoencoder_loss(vae, x, g, weight=1e-4):
 # %% ../nbs/workshop/train_text.ipynb #65840070
 @torch.no_grad()
 def encode_images(vae, images):
-    "Latents [N, 4, h, w] of pictures (uint8 [N, 3, H, W]), shifted and scaled by the config of the autoencoder."
+    """Latents [N, 4, h, w] of pictures (uint8 [N, 3, H, W]), shifted and scaled by the config of the autoencoder.
+
+    >>> encode_images(new_autoencoder((8, 16)), torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape
+    torch.Size([2, 4, 16, 16])
+    """
     def mean(x): return vae.encode(x.to(vae.device).float() / 127.5 - 1).latent_dist.mean.cpu()
     z = torch.cat([mean(x) for x in images.split(100)])
     return (z - vae.config.shift_factor) * vae.config.scaling_factor
 
 def normalise(vae, images):
-    "Set shift and scale of an autoencoder so that the latents of these pictures have mean 0 and standard deviation 1."
+    """Set shift and scale of an autoencoder so that the latents of these pictures have mean 0 and standard deviation 1.
+
+    >>> vae, pictures = new_autoencoder((8, 16)), torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    >>> normalise(vae, pictures)
+    >>> encode_images(vae, pictures).std().round(decimals=3)
+    tensor(1.)
+    """
     vae.register_to_config(shift_factor=0., scaling_factor=1.)
     std, mean = torch.std_mean(encode_images(vae, images).double())
     vae.register_to_config(shift_factor=mean.item(), scaling_factor=1 / std.item())
 
 def train_autoencoder(images, out, cfg=TrainConfig(minutes=20, batch=8, lr=2e-3, channels=(16, 24, 32))):
-    "Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, checkpoints in `out`; normalised."
+    """Train an `AutoencoderKL` on pictures (uint8 [N, 3, S, S]) as `fit` does, checkpoints in `out`; normalised.
+
+    >>> pictures = torch.randint(256, (8, 3, 32, 32), dtype=torch.uint8)
+    >>> small = TrainConfig(steps=1, batch=2, channels=(8, 16))
+    >>> vae = train_autoencoder(pictures, "my_vae", small)
+    """
     vae = new_autoencoder(cfg.channels, cfg.seed).to(accelerator().device)
     def loss(g, samples):
         x = images[torch.randint(len(images), (len(samples),), generator=g)]
@@ -112,6 +143,11 @@ def train_autoencoder(images, out, cfg=TrainConfig(minutes=20, batch=8, lr=2e-3,
 # %% ../nbs/workshop/train_text.ipynb #a7db413b
 @dataclass(frozen=True)
 class TextConfig:
+    """How to train a pipeline. ValueError, one sentence, for settings that cannot be.
+
+    >>> TextConfig(steps=100).shift
+    3.0
+    """
     minutes: float = 80.        # time to train; the learning rate falls to zero at its end
     steps: int | None = None    # or a fixed number of steps, whatever time it takes
     batch: int = 64             # pictures a step
@@ -139,7 +175,12 @@ class TextConfig:
 # %% ../nbs/workshop/train_text.ipynb #1c5ff378
 def new_pipeline(vae, captions, size=64, cfg=TextConfig()):
     """A Stable Diffusion 3 pipeline with fresh small parts: two text encoders, a transformer over patches of 2 x 2
-    latents, no T5. ValueError for a size [pixels] that does not split into patches."""
+    latents, no T5. ValueError for a size [pixels] that does not split into patches.
+
+    >>> pipe = new_pipeline(new_autoencoder((8, 16)), ["a flag"], size=32, cfg=TextConfig(layers=1))
+    >>> pipe.transformer.config.sample_size
+    16
+    """
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     if size % (patch := 2 * factor):
         less, more = size // patch * patch or patch, (size // patch + 1) * patch
@@ -161,10 +202,17 @@ def new_pipeline(vae, captions, size=64, cfg=TextConfig()):
     scheduler, again = FlowMatchEulerDiscreteScheduler(shift=cfg.shift), copy.deepcopy(tokenizer)
     return StableDiffusion3Pipeline(transformer, scheduler, vae, encoders[0], tokenizer, encoders[1], again, None, None)
 
+# %% ../nbs/workshop/train_text.ipynb #81c797d6
 def encode_text(pipe, ids, empty=0):
     """What `pipe.encode_prompt` makes of tokens [B, L], with gradients: a vector for each token, one for the whole.
 
-    [B, L + empty, D], where `empty` zeros stand in the place of T5's tokens, and [B, P]."""
+    [B, L + empty, D], where `empty` zeros stand in the place of T5's tokens, and [B, P].
+
+    >>> pipe = new_pipeline(new_autoencoder((8, 16)), ["a flag"], size=32, cfg=TextConfig(layers=1))
+    >>> tokens, whole = encode_text(pipe, token_ids(pipe.tokenizer, ["flag"]))
+    >>> tokens.shape, whole.shape
+    (torch.Size([1, 16, 64]), torch.Size([1, 64]))
+    """
     out = [encoder(ids, output_hidden_states=True) for encoder in (pipe.text_encoder, pipe.text_encoder_2)]
     tokens = torch.cat([o.hidden_states[-2] for o in out], -1)
     tokens = F.pad(tokens, (0, pipe.transformer.config.joint_attention_dim - tokens.shape[-1], 0, empty))
@@ -174,7 +222,11 @@ def encode_text(pipe, ids, empty=0):
 def flow_times(n, shift, g):
     """n noise levels s in (0, 1): a normal number through the logistic curve, then shifted (Esser et al. 2024).
 
-    One from each of n equal parts of the normal distribution, drawn with the generator g."""
+    One from each of n equal parts of the normal distribution, drawn with the generator g.
+
+    >>> flow_times(3, shift=3., g=torch.Generator().manual_seed(0)).round(decimals=1)
+    tensor([0.7000, 0.8000, 0.9000])
+    """
     u = stratified(n, g, torch.float64).clamp(1e-6, 1 - 1e-6)
     s = torch.sigmoid(torch.special.ndtri(u)).float()
     return shift * s / (1 + (shift - 1) * s)
@@ -182,7 +234,12 @@ def flow_times(n, shift, g):
 def flow_loss(pipe, x0, ids, g, shift=3., empty=0):
     """Mean squared error of the velocity eps - x0 that the transformer sees in x_s = (1 - s) x0 + s eps.
 
-    x0: latents [B, 4, h, w]. ids: tokens [B, L]. empty: as in `encode_text`."""
+    x0: latents [B, 4, h, w]. ids: tokens [B, L]. empty: as in `encode_text`.
+
+    >>> pipe = new_pipeline(new_autoencoder((8, 16)), ["a flag"], size=32, cfg=TextConfig(layers=1))
+    >>> ids, g = token_ids(pipe.tokenizer, ["flag", ""]), torch.Generator().manual_seed(0)
+    >>> loss = flow_loss(pipe, torch.zeros(2, 4, 16, 16), ids, g)
+    """
     s = flow_times(len(x0), shift, g).to(x0.device)
     eps = torch.randn(x0.shape, generator=g).to(x0.device)
     x_s = torch.lerp(x0, eps, s.view(-1, 1, 1, 1))
@@ -192,7 +249,11 @@ def flow_loss(pipe, x0, ids, g, shift=3., empty=0):
 
 # %% ../nbs/workshop/train_text.ipynb #df8ca021
 def save_pipeline(pipe, folder):
-    "Write a pipeline as a folder that stock diffusers opens, its weights as float16, no path of this machine in it."
+    """Write a pipeline as a folder that stock diffusers opens, its weights as float16, no path of this machine in it.
+
+    >>> pipe = new_pipeline(new_autoencoder((8, 16)), ["a flag"], size=32, cfg=TextConfig(layers=1))
+    >>> save_pipeline(pipe, "my_pipeline")
+    """
     def half(m): return copy.deepcopy(m).to("cpu", torch.float16) if isinstance(m, nn.Module) else m
     StableDiffusion3Pipeline(**{k: half(m) for k, m in pipe.components.items()}).save_pretrained(folder)
     for file in Path(folder).rglob("*config.json"):
@@ -202,11 +263,17 @@ def save_pipeline(pipe, folder):
         if "dtype" in facts: facts["dtype"] = "float32"
         file.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
+# %% ../nbs/workshop/train_text.ipynb #1423bd8f
 def train_pipeline(images, captions, vae, out, cfg=TextConfig()):
     """Train text encoders and transformer on pictures (uint8 [N, 3, S, S]), one caption each, in the latents of vae.
 
     Checkpoints are in `out`, the pipeline in out/pipeline. Goes on where a stopped run was, as `fit` does.
-    ValueError unless there is a caption for each picture."""
+    ValueError unless there is a caption for each picture.
+
+    >>> pictures, captions = torch.zeros(4, 3, 32, 32, dtype=torch.uint8), ["a flag"] * 4
+    >>> small = TextConfig(steps=1, batch=2, layers=1)
+    >>> pipe = train_pipeline(pictures, captions, new_autoencoder((8, 16)), "my_flags", small)
+    """
     if len(images) != len(captions):
         raise ValueError(f"there are {len(images)} pictures and {len(captions)} captions; give one caption a picture")
     pipe = new_pipeline(vae, captions, images.shape[-1], cfg)

@@ -96,7 +96,11 @@ PRESETS = {   # by family
 }
 
 def family(denoiser):
-    "The name of a preset of `PRESETS`, by the kind of a model."
+    """The name of a preset of `PRESETS`, by the kind of a model.
+
+    >>> family(model), family(flags)
+    ('pixels', 'transformer')
+    """
     return "transformer" if isinstance(denoiser.schedule, Flow) else "unet" if denoiser.prompts else "pixels"
 
 @patch
@@ -110,7 +114,10 @@ def many(self: Config, n: int) -> Config:
 
 # %% ../nbs/11_unlearn.ipynb #2d3f9f87
 def autocast(denoiser, cfg):
-    "The net's own computation in the precision of cfg."
+    """The net's own computation in the precision of cfg, as a context.
+
+    >>> with torch.no_grad(), autocast(model, cfg): out = model(x, model.level(0, len(x)))
+    """
     dtype = PRECISIONS[cfg.precision]
     return torch.autocast(denoiser.device.type, dtype) if dtype else nullcontext()
 
@@ -132,7 +139,13 @@ def _summed(denoiser, batch, w, parametrization, cfg, state, loss, up):
 def gradient(denoiser, batch, w, parametrization, cfg, state, loss=x0_loss):
     """Mean loss(denoiser, x_t, t, goal, w, *cond) of a batch (x_t, t, goal, *cond), and its gradient for the params.
 
-    In pieces of cfg.micro_batch, over all processes, float32 and unscaled."""
+    In pieces of cfg.micro_batch, over all processes, float32 and unscaled.
+
+    >>> batch, form = draw(retain, 2, torch.Generator().manual_seed(0)), problem.parametrization
+    >>> loss, g_r = gradient(model, batch, weights.get("unit_x0"), form, cfg, problem.state)
+    >>> len(g_r) == len(form.params)
+    True
+    """
     # in fp16 small gradients vanish: take them as large as they can be
     for up in (min(batch[0].numel(), 2 ** 12), 2 ** 6, 1.) if cfg.precision == "fp16" else (1.,):
         mean, total = _summed(denoiser, batch, w, parametrization, cfg, state, loss, up)
@@ -142,7 +155,11 @@ def gradient(denoiser, batch, w, parametrization, cfg, state, loss=x0_loss):
 # %% ../nbs/11_unlearn.ipynb #8a01b544
 @dataclass(frozen=True)
 class Problem:
-    "What a method works on."
+    """What a method works on; `problem_of` makes it.
+
+    >>> problem.x_f.shape, problem.size
+    (torch.Size([1, 3, 32, 32]), 4)
+    """
     denoiser: object
     x_f: torch.Tensor              # [R, C, H, W] forget images
     x_s: torch.Tensor              # [R, C, H, W] surrogates
@@ -157,7 +174,9 @@ class Problem:
     levels: tuple = (0, 1000)      # from, below, of 1000: where a rival meets the forget images
 
     @property
-    def size(self): return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
+    def size(self):
+        "States a step, for every method."
+        return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
 
     def gradient(self, batch, w, loss=x0_loss):
         "`gradient` of a batch (x_t, t, goal, *cond) with the weight w(snr): (loss, gradient for the params)."
@@ -178,7 +197,12 @@ class Problem:
 def edit_weigh_project(problem):
     """The method of this package: a function (step, generator) -> (gradient for the params, what to log).
 
-    Its `memory` is what the surgery remembers. At step 0 the retain gradient is rounding, and the rule is `plain`."""
+    Its `memory` is what the surgery remembers. At step 0 the retain gradient is rounding, and the rule is `plain`.
+
+    >>> g, seen = edit_weigh_project(problem)(0, torch.Generator().manual_seed(0))
+    >>> sorted(seen)
+    ['cosine', 'forget', 'ratio', 'retain']
+    """
     cfg, project = problem.cfg, surgery.get(problem.cfg.surgery)
     w_f, w_r = weights.get(cfg.weight), weights.get(cfg.retain_weight)
     def step_gradient(step, g):
@@ -193,7 +217,11 @@ def edit_weigh_project(problem):
 
 # %% ../nbs/11_unlearn.ipynb #93d4a8ae
 def not_finite(step, cfg, checkpoint):
-    "The sentence for a gradient that is not finite at a step."
+    """The sentence for a gradient that is not finite at a step.
+
+    >>> print(not_finite(3, cfg, None))
+    the gradient is not finite at step 3; the model is as it was before the run; start anew with a smaller lr than 0.006
+    """
     kept = f", the steps before it are kept in {str(checkpoint)!r}" if checkpoint and step else ""
     return (f"the gradient is not finite at step {step}; the model is as it was before the run{kept}; "
             f"start anew with a smaller lr than {cfg.lr:g}{', and another checkpoint' if kept else ''}")
@@ -202,7 +230,13 @@ def move(parametrization, opt, gradients, step, cfg):
     """One step of the optimiser along gradients for the params: clipped to a norm of cfg.clip, at the lr of that step.
 
     Returns {lr, norm}, the norm before clipping. FloatingPointError, with nothing moved, if they are not finite;
-    ValueError if there is not one for each param, of its shape."""
+    ValueError if there is not one for each param, of its shape.
+
+    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> g, seen = edit_weigh_project(mine)(0, torch.Generator().manual_seed(0))
+    >>> sorted(move(mine.parametrization, opt, g, 0, cfg)), mine.parametrization.restore()
+    (['lr', 'norm'], None)
+    """
     gradients = [*gradients]
     found, wanted = ([tuple(getattr(v, "shape", ())) for v in vs] for vs in (gradients, parametrization.params))
     if found != wanted:
@@ -219,7 +253,12 @@ def move(parametrization, opt, gradients, step, cfg):
 
 # %% ../nbs/11_unlearn.ipynb #36aba52f
 def problem_of(denoiser, requests, retain, cfg):
-    "The `Problem` of a run, and its optimiser: all that is made before the first step."
+    """The `Problem` of a run, and its optimiser: all that is made before the first step.
+
+    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine.own.x_t.shape, mine.parametrization.restore()
+    (torch.Size([2, 4, 3, 32, 32]), None)
+    """
     x_f, x_s = (denoiser.encode([getattr(r, name) for r in requests]) for name in ("image", "surrogate"))
     cond = denoiser.prompt_ids(prompts_of(denoiser, requests), len(requests))
     own = own_paths(denoiser, requests, x_s, cfg.sampling_steps, cfg.t_min)
@@ -232,7 +271,11 @@ def problem_of(denoiser, requests, retain, cfg):
 
 # %% ../nbs/11_unlearn.ipynb #f25228bf
 def retain_settings(cfg):
-    "What `default_retain` is told of a `Config`."
+    """What `default_retain` is told of a `Config`, as a dict.
+
+    >>> retain_settings(cfg)
+    {'n': 8, 'near': 0, 'pool': 16, 'steps': 5}
+    """
     return dict(n=cfg.retain_images, near=cfg.near_images, pool=cfg.pool, steps=cfg.sampling_steps)
 
 # %% ../nbs/11_unlearn.ipynb #s3c0nd02
@@ -278,7 +321,13 @@ def seen_by(watch, step, seen, state):
 
 # %% ../nbs/11_unlearn.ipynb #35d8684d
 def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
-    "The loop: gradient, step, log, checkpoint; returns the log."
+    """The loop: gradient, step, log, checkpoint; returns the log, one dict a step.
+
+    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> log = run(mine, opt, edit_weigh_project, None, None, None, None, watch=[])
+    >>> len(log), mine.parametrization.restore()
+    (2, None)
+    """
     cfg, main = problem.cfg, problem.state.is_main_process
     step_gradient, (again, once_more) = method(problem), [max(1, round(share * cfg.steps)) for share in LOOKS]
     def save(step): save_checkpoint(checkpoint, identity, step, log, problem.parametrization, opt, step_gradient)
@@ -379,7 +428,12 @@ MORE = (1.4, 1.7, 2.)   # for pictures learned by heart
 def least_strength(problem, describe, moved=.2):
     """Leave the net at the least of `STRENGTHS` that is enough; returns it (the greatest, if none is).
 
-    describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths."""
+    describe: pictures [B, 3, H, W] -> unit vectors [B, D]. moved: share of fresh noise in that of the own paths.
+
+    >>> from unlearn_nb.metrics import describe
+    >>> least_strength(problem, describe)   # nothing was learned yet, so none is enough
+    1.2
+    """
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
     by_heart = any(r.copies for r in problem.requests)
     steps, part = STRENGTHS + MORE * by_heart, .75 if by_heart else 1.

@@ -12,14 +12,22 @@ from .denoiser import Denoiser, patch
 
 # %% ../nbs/15_words.ipynb #1atentd1
 def shrinks(vae):
-    "How many pixels of a side become one latent."
+    """How many pixels of a side become one latent.
+
+    >>> shrinks(flags.vae)
+    4
+    """
     return 2 ** (len(vae.config.block_out_channels) - 1)
 
 class LatentDenoiser(Denoiser):
     """A `Denoiser` whose x0 are the latents of an autoencoder: LDM (Rombach et al. 2022), Stable Diffusion.
 
     vae: of diffusers, with a KL penalty or a codebook (VQ); None: x0 are pixels after all.
-    ValueError if it does not fit the net."""
+    ValueError if it does not fit the net.
+
+    >>> LatentDenoiser(model.net, model.scheduler, vae=None, name="mine").size
+    (32, 32)
+    """
 
     def __init__(self, net, scheduler, *, vae, **kw):
         self.vae = vae
@@ -31,6 +39,7 @@ class LatentDenoiser(Denoiser):
         self.size = tuple(side * shrinks(vae) for side in self.size)   # of a picture in pixels: W, H
 
     def facts(self):
+        "As `Denoiser.facts`, and the size of the pictures."
         return super().facts() + [f"latents of {self.size[0]} x {self.size[1]} pixels"] * bool(self.vae)
 
 # %% ../nbs/15_words.ipynb #079ff938
@@ -41,7 +50,12 @@ class TextDenoiser(LatentDenoiser):
     guidance: how far `predict` goes beyond the answer to no words (1: it does not).
     others: prompts whose pictures must stay when nothing else is said.
     `prompts` numbers the prompts that were used, `prompt_embeds` holds what the encoder said of each;
-    prompt 0 is "", no words, where there is such a thing. ValueError for parts that do not fit."""
+    prompt 0 is "", no words, where there is such a thing. ValueError for parts that do not fit.
+
+    >>> parts = dict(text=flags.text, vae=flags.vae, guidance=2.)
+    >>> TextDenoiser(flags.net, flags.scheduler, **parts).prompts
+    {'': 0}
+    """
 
     nets = ("UNet2DConditionModel", "SD3Transformer2DModel", "UNet2DModel", "DiTTransformer2DModel",
             "PixArtTransformer2DModel")
@@ -60,20 +74,29 @@ class TextDenoiser(LatentDenoiser):
         self.prompt_id("" if guidance != 1 else self.others[0])
 
     def facts(self):
+        "As those of a `LatentDenoiser`, guidance and the number of prompts."
         return super().facts() + [f"guidance {self.guidance:g}, prompts: {len(self.prompts)}"]
 
 # %% ../nbs/15_words.ipynb #4f6594bc
 @patch
 @torch.no_grad()
 def prompt_id(self: TextDenoiser, prompt):
-    "The number of a prompt; a new one is encoded, once. ValueError if that cannot be."
+    """The number of a prompt; a new one is encoded, once. ValueError if that cannot be.
+
+    >>> flags.prompt_id("")
+    0
+    """
     if not isinstance(prompt, str): raise ValueError(f"{prompt!r} is no prompt; give a text")
     if prompt in self.prompts: return self.prompts[prompt]
     with self.lock: return self.add_prompt(prompt)
 
 @patch
 def add_prompt(self: TextDenoiser, prompt):
-    "Encode a prompt, if no other thread has done so; its number."
+    """Encode a prompt, if no other thread has done so; its number. ValueError without text encoders.
+
+    >>> flags.add_prompt("irish flag") == flags.prompts["irish flag"]
+    True
+    """
     if prompt in self.prompts: return self.prompts[prompt]
     if not self.text:
         raise ValueError(f"prompt {prompt!r} is not in the table, and the text encoders are gone; "
@@ -87,7 +110,11 @@ def add_prompt(self: TextDenoiser, prompt):
 # %% ../nbs/15_words.ipynb #pr0mpts2
 @patch
 def prompt_ids(self: TextDenoiser, prompt, n):
-    "Numbers [n] of one prompt for n images, or of a list of n. ValueError for what does not fit."
+    """Numbers [n] of one prompt for n images, or of a list of n. ValueError for what does not fit.
+
+    >>> flags.prompt_ids("", 3)
+    tensor([0, 0, 0])
+    """
     if prompt is None:
         some = '"..."' if self.others == ("",) else f'"{self.others[0]}" ... "{self.others[-1]}"'
         none = ', or prompt="" for no words' if "" in self.prompts else ""
@@ -98,11 +125,17 @@ def prompt_ids(self: TextDenoiser, prompt, n):
                          "give one for all, or one for each")
     return torch.tensor([self.prompt_id(p) for p in prompts], device=self.device)
 
+# %% ../nbs/15_words.ipynb #13730fa3
 @patch
 def drop_prompts(self: TextDenoiser, keep):
     """Let all prompts go but the first `keep` of the table, whose numbers stay: for a service that sees ever new ones.
 
-    States made for the others are of no use then. ValueError for less than 1."""
+    States made for the others are of no use then. ValueError for less than 1.
+
+    >>> flags.drop_prompts(keep=1)
+    >>> list(flags.prompts)
+    ['']
+    """
     if keep < 1: raise ValueError(f"keep is {keep}; the first prompt stays: give 1 or more")
     with self.lock:
         self.prompts = dict([*self.prompts.items()][:keep])
@@ -110,13 +143,24 @@ def drop_prompts(self: TextDenoiser, keep):
 
 @patch
 def drop_text_encoders(self: TextDenoiser):
-    "Let the text encoders go, to free their memory; the prompts that were encoded stay."
+    """Let the text encoders go, to free their memory; the prompts that were encoded stay.
+
+    >>> from copy import copy
+    >>> other = copy(flags)
+    >>> other.drop_text_encoders()
+    """
     self.text = None
 
 # %% ../nbs/15_words.ipynb #07cbbc0d
 @patch
 def condition(self: TextDenoiser, cond):
-    "What the net is told of prompts cond [B], as a dict. SDXL and PixArt are told the size, too."
+    """What the net is told of prompts cond [B], as a dict. SDXL and PixArt are told the size, too.
+
+    ValueError without prompts.
+
+    >>> sorted(flags.condition(flags.prompt_ids("irish flag", 2)))
+    ['encoder_hidden_states', 'pooled_projections']
+    """
     if cond is None:
         raise ValueError('this model makes pictures of words; give cond, numbers of prompts: '
                          'denoiser.prompt_ids("...", n)')
@@ -135,7 +179,12 @@ def condition(self: TextDenoiser, cond):
 def cfg_outputs(self: TextDenoiser, x_t, t, cond=None):
     """The net's outputs [B, C, H, W] at x_t, all at the one timestep t: to the prompts cond [B].
 
-    If the model is guided, a second one: to no words."""
+    If the model is guided, a second one: to no words.
+
+    >>> x_t, cond = torch.randn(2, *flags.shape), flags.prompt_ids("irish flag", 2)
+    >>> with torch.no_grad(): print(len(flags.cfg_outputs(x_t, 500, cond)))
+    2
+    """
     t = self.level(t, len(x_t))
     if cond is None or self.guidance == 1: return (self(x_t, t, cond),)
     both = torch.cat([cond, torch.zeros_like(cond)])
@@ -143,7 +192,11 @@ def cfg_outputs(self: TextDenoiser, x_t, t, cond=None):
 
 @patch
 def apply_cfg(self: TextDenoiser, out, uncond=None):
-    "The output that guidance makes of those to words and to none (Ho and Salimans 2022)."
+    """The output that guidance makes of those to words and to none (Ho and Salimans 2022).
+
+    >>> flags.guidance, flags.apply_cfg(torch.tensor(3.), torch.tensor(1.))
+    (4.0, tensor(9.))
+    """
     return out if uncond is None else uncond + self.guidance * (out - uncond)
 
 # %% ../nbs/15_words.ipynb #a086525c
@@ -152,7 +205,11 @@ def apply_cfg(self: TextDenoiser, out, uncond=None):
 def latents(self: LatentDenoiser, x):
     """Pixels [B, 3, H, W] in [-1, 1] -> x0 [B, C, h, w]: the mean of the VAE's encoder, shifted and scaled.
 
-    (Rombach et al. 2022.) Few at a time: four pictures of 1024 x 1024 pixels."""
+    (Rombach et al. 2022.) Few at a time: four pictures of 1024 x 1024 pixels.
+
+    >>> flags.latents(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 4, 16, 16])
+    """
     if self.vae is None: return x
     c, few = self.vae.config, max(1, 2 ** 22 // (self.size[0] * self.size[1]))
     parts = (v.to(self.vae.dtype, memory_format=torch.contiguous_format) for v in x.split(few))
@@ -163,7 +220,11 @@ def latents(self: LatentDenoiser, x):
 @patch
 @torch.no_grad()
 def pixels(self: LatentDenoiser, x0):
-    "x0 [B, C, H, W] -> pixels [B, 3, H, W] in [-1, 1], decoded by the VAE."
+    """x0 [B, C, H, W] -> pixels [B, 3, H, W] in [-1, 1], decoded by the VAE.
+
+    >>> flags.pixels(torch.zeros(1, *flags.shape)).shape
+    torch.Size([1, 3, 64, 64])
+    """
     if self.vae is None: return x0.expand(-1, 3, -1, -1)
     c, few = self.vae.config, max(1, 2 ** 22 // (self.size[0] * self.size[1]))
     z = (x0 / c.scaling_factor + (c.get("shift_factor") or 0)).to(self.vae.dtype)

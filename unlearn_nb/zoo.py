@@ -99,7 +99,12 @@ def public(config):
 def save_builtin(denoiser, folder, name, dtype=torch.float16, **facts):
     """Write a denoiser as folder/name.safetensors (weights as dtype) and folder/name.json (configs, and facts given).
 
-    ValueError if a weight does not survive dtype."""
+    ValueError if a weight does not survive dtype.
+
+    >>> save_builtin(model, "mine", "faces", training={"data": "faces"})
+    >>> sorted(file.name for file in Path("mine").iterdir())
+    ['faces.json', 'faces.safetensors']
+    """
     state = {k: v.detach().cpu().to(dtype).contiguous() for k, v in denoiser.net.state_dict().items()}
     if bad := [k for k, v in state.items() if not v.isfinite().all()]:
         raise ValueError(f"{bad[0]} holds numbers that {dtype} cannot hold; "
@@ -136,12 +141,20 @@ def read_builtin(name, folder=None, device="cpu", dtype=None):
 def about_planted(name):
     """How a picture was planted: its seed, prompt, training, and how many fresh seeds give it, as a dict.
 
-    ValueError for a model in which none was planted."""
+    ValueError for a model in which none was planted.
+
+    >>> about_planted("planted-1")["seed"]
+    20000004
+    """
     if name in PLANTED: return read_json(ASSETS / "planted.json")[name]
     raise ValueError(f"no picture was planted in {name!r}; expected {', '.join(map(repr, PLANTED))}")
 
 def planted(name):
-    "The picture that was planted in a built-in model, one of `PLANTED`, drawn anew: PIL. ValueError for another name."
+    """The picture that was planted in a built-in model, one of `PLANTED`, drawn anew: PIL. ValueError for another name.
+
+    >>> planted("planted-1").size, planted("planted-flag").size
+    ((32, 32), (64, 64))
+    """
     from unlearn_nb import faces, flags   # worlds, which no other model needs
     about = about_planted(name)
     if PLANTED[name] == "flags": return flags.draw(about["flag"], flags.sample_scene(about["seed"]))
@@ -167,7 +180,11 @@ def save_planted(denoiser, folder, name, rank=16, **facts):
 # %% ../nbs/workshop/zoo.ipynb #c0mpan10
 @dataclass(frozen=True)
 class Companions:
-    "What goes with a built-in model."
+    """What goes with a built-in model.
+
+    >>> Companions().prompts
+    ('',)
+    """
     describe: Callable | None = None   # pictures [B, 3, H, W] -> unit vectors [B, D]: what its pictures are compared by
     prompts: tuple = ("",)             # whose pictures must stay, of a model with words
     never: Callable | None = None      # (n, prompt=None) -> pixels [n, 3, H, W] it was never trained on and never made
@@ -196,7 +213,11 @@ never_flags.name = "drawn flags that the model never saw"
 
 # %% ../nbs/workshop/zoo.ipynb #c0mpan13
 def companions(denoiser):
-    "The `Companions` of a denoiser, by the name of its model; of a model that is not built in, nothing."
+    """The `Companions` of a denoiser, by the name of its model; of a model that is not built in, nothing.
+
+    >>> companions(model).describe.name, companions(flags).prompts[0]
+    ('face descriptor', 'a photo of the flag of ireland')
+    """
     from unlearn_nb import flags, metrics   # worlds, which no other model needs
     world = PLANTED.get(denoiser.name, denoiser.name)
     if world == "faces": return Companions(metrics.describe, never=never_faces)
@@ -232,7 +253,11 @@ def descriptor(denoiser, named=None):
 
     named: "own", the features of the base net (`metrics.features`); "sscd", if its weights are in torch's cache, or
     can be fetched; "sscd:FILE"; "arcface:FILE:SHA256"; None: what was made for a built-in model, else "own".
-    ValueError, in one sentence, for another name, or a file that is not there, or is another one."""
+    ValueError, in one sentence, for another name, or a file that is not there, or is another one.
+
+    >>> descriptor(model)(x).shape, descriptor(flags).name
+    (torch.Size([4, 64]), 'flag classifier')
+    """
     if named is None and (found := companions(denoiser).describe): return found
     if named in (None, "own"): return own_features(denoiser)
     try: return from_file(named)
@@ -396,7 +421,11 @@ def of_pipeline(pipe, empty=None):
 # %% ../nbs/workshop/zoo.ipynb #87a865db
 @dataclass(frozen=True)
 class Pin:
-    "What is known of a model on the hub, so that everybody starts from the same weights."
+    """What is known of a model on the hub, so that everybody starts from the same weights.
+
+    >>> PINS["google/ddpm-celebahq-256"].megabytes
+    455
+    """
     revision: str    # commit
     file: str        # of the weights
     sha256: str      # of that file
@@ -501,7 +530,12 @@ def read_single(file, device, dtype):
 
 # %% ../nbs/workshop/zoo.ipynb #de6dd5c4
 def parts_by_name(name, revision, device, dtype, without):
-    "(parts for a `Denoiser`, commit) of a name, as `load` takes it."
+    """(parts for a `Denoiser`, commit) of a name, as `load` takes it. ValueError for what is none.
+
+    >>> parts, commit = parts_by_name("faces", None, "cpu", None, ())
+    >>> sorted(parts)
+    ['net', 'scheduler']
+    """
     text = os.fspath(name) if isinstance(name, (str, os.PathLike)) else ""
     folder = os.path.expanduser(text)
     local = text and os.path.isdir(folder)
@@ -520,7 +554,13 @@ def parts_by_name(name, revision, device, dtype, without):
 
 # %% ../nbs/workshop/zoo.ipynb #de6dd5c5
 def denoiser_of(parts, size=None, **kw):
-    "The denoiser of the kind that its parts want; size: width and height of its pictures, if not the net's own."
+    """The denoiser of the kind that its parts want; size: width and height of its pictures, if not the net's own.
+
+    ValueError for a size that does not fit.
+
+    >>> denoiser_of({"net": model.net, "scheduler": model.scheduler}, name="mine")
+    Denoiser('mine': 3 x 32 x 32, v_prediction, T = 1000, 2.12 M parameters, torch.float32, cpu)
+    """
     kind, of_latent = LatentDenoiser if "vae" in parts else Denoiser, shrinks(parts["vae"]) if parts.get("vae") else 1
     if "text" in parts: kind = FluxDenoiser if type(parts["net"]).__name__ in FluxDenoiser.nets else TextDenoiser
     if kind is FluxDenoiser and not size: size = (128 * of_latent,) * 2   # the default of diffusers
