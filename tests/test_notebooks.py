@@ -54,7 +54,7 @@ def its_title_carries_its_number(nb):
     number = re.match(r'\d\d(?=_)', nb.path.name)
     title = source(nb.cells[0]).split('\n')[0]
     if number and not title.startswith(f'# {number[0]} '): yield f'its title is {title!r}; it begins with # {number[0]}'
-    if is_lesson(nb.path) and title != f'# {number[0]} {nb.path.stem[3:].capitalize()}':
+    if is_lesson(nb.path) and title != f'# {number[0]} {nb.path.stem[3:].replace("_", " ").capitalize()}':
         yield f'{title!r} is not its module'
     if not number and re.match(r'# \d', title): yield f'its title {title!r} has a number, its file none'
 

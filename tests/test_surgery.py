@@ -11,13 +11,14 @@ from torchjd.aggregation import GradVac, PCGrad
 
 from unlearn_nb import surgery
 from unlearn_nb.files import name_of
-from unlearn_nb.surgery import (RULES, cagrad, combine, cosine, get, gram, one_sided, per_tensor, plain, products,
-                                subspace, symmetric, vaccine)
+from unlearn_nb.surgery import (RULES, cagrad, combine, cosine, get, gram, munba, one_sided, per_tensor, plain,
+                                products, subspace, symmetric, vaccine)
 
 def fresh_subspace(g_f, g_r): return subspace()(g_f, g_r)
 def subspace_of_one(g_f, g_r): return subspace(m=1)(g_f, g_r)
 
-EVERY = [plain, one_sided, symmetric, per_tensor, vaccine, cagrad, fresh_subspace]
+EVERY = [plain, one_sided, symmetric, per_tensor, vaccine, cagrad, fresh_subspace]   # as long as the gradients
+ALL = [*EVERY, munba]
 SHAPES = [(3,), (2, 2), (1, 1, 2)]
 ROUNDING = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}   # a direction is rounded to its dtype once
 
@@ -106,7 +107,7 @@ def test_conflict_changes_the_sum(f, r):
 @given(g=gradients, exponent=exponents)
 def test_a_zero_gradient_leaves_the_other_as_it_is(g, exponent):
     g, zero = scaled(g, exponent), [torch.zeros(s) for s in SHAPES]
-    for rule in EVERY:
+    for rule in ALL:
         for d in (rule(g, zero), rule(zero, g)): assert all(torch.equal(x, y) for x, y in zip(d, g, strict=True))
         assert not flat(rule(zero, zero)).any()
     assert cosine(g, zero) == 0 == cosine(zero, zero)
@@ -136,7 +137,7 @@ def test_only_lengths_scale(f, r, exponent):
 def test_a_non_finite_gradient_stays_visible():
     for bad in (float('nan'), float('inf')):
         good, broken = [torch.ones(3), torch.ones(2)], [-torch.ones(3), torch.tensor([-1., bad])]
-        for rule in EVERY[1:]:
+        for rule in ALL[1:]:
             for d in (rule(good, broken), rule(broken, good)): assert not flat(d).isfinite().all(), rule
         assert cosine(good, broken).isnan()
 
@@ -162,7 +163,7 @@ def test_inputs_are_left_alone_and_any_memory_layout_will_do():
     g = torch.Generator().manual_seed(0)
     x, y = (torch.randn(2, 3, 4, 5, generator=g) for _ in range(2))
     y = y - x
-    for rule in EVERY:
+    for rule in ALL:
         f, r = [torch.tensor([1., 0.])], [torch.tensor([-1., 1.])]
         d, = rule(f, r)
         assert f[0].tolist() == [1., 0.] and r[0].tolist() == [-1., 1.] and d is not f[0] and d is not r[0]
@@ -175,7 +176,7 @@ def test_results_of_autograd_are_welcome():
     a, b, c = (torch.ones(3, requires_grad=True) for _ in range(3))
     g_f = torch.autograd.grad((a + b).sum() + (c * torch.tensor([1., -2., 3.])).sum(), (a, b, c))
     g_r = torch.autograd.grad(-(a + b).sum() - (c * torch.tensor([3., -2., 0.])).sum(), (a, b, c))
-    for rule in EVERY:
+    for rule in ALL:
         d, expected = rule(g_f, g_r), rule([x.clone() for x in g_f], [x.clone() for x in g_r])
         assert isinstance(d, list) and all(torch.equal(x, y) for x, y in zip(d, expected, strict=True)), rule
 
@@ -229,6 +230,37 @@ def test_vaccine_zero_is_symmetric_and_cagrad_zero_is_plain(f, r):
     tolerance = dict(rtol=0, atol=1e-5 * (size(f) + size(r)))
     assert_close(flat(vaccine(f, r, 0.)), flat(symmetric(f, r)), **tolerance)
     assert_close(flat(cagrad(f, r, 0.)), flat(plain(f, r)), **tolerance)
+
+
+@given(gradients, gradients, exponents, exponents)
+def test_munba_is_a_bargain(f, r, i, j):
+    "Length sqrt 2, the same gain sqrt(1 + cos) for both, of whatever lengths; and Nash's condition G'G a = 1/a."
+    assume(size(f) > .1 and size(r) > .1 and cosine(f, r) > -.99)
+    d, c = munba(scaled(f, i), scaled(r, j)), dot(f, r) / (size(f) * size(r))
+    assert size(d) == pytest.approx(2 ** .5, rel=1e-4)
+    for g in (f, r): assert dot(d, g) / size(g) == pytest.approx(math.sqrt(1 + c), rel=1e-4)
+    assert_close(flat(d), flat(munba(f, r)), rtol=0, atol=2e-5 / math.sqrt(1 + c))
+    G = torch.stack([flat(f), flat(r)], 1)
+    a = torch.linalg.lstsq(G, flat(d)[:, None]).solution[:, 0] if abs(c) < .99 else None
+    if a is not None: assert_close(G.T @ G @ a, 1 / a, rtol=1e-2, atol=1e-3)
+
+
+@given(gradients, gradients)
+def test_munba_is_the_closed_form_of_its_code(f, r):
+    "Which is 0/0 for orthogonal and for parallel gradients."
+    assume(size(f) > .1 and size(r) > .1 and .05 < abs(cosine(f, r)) < .95)
+    g1, g2, g3 = dot(r, r), dot(r, f), dot(f, f)
+    a_r = math.sqrt((g1 * g3 - g2 * math.sqrt(g1 * g3)) / (g1 ** 2 * g3 - g1 * g2 ** 2))
+    a_f = (1 - g1 * a_r ** 2) / (g2 * a_r)
+    assert_close(flat(munba(f, r)), a_f * flat(f) + a_r * flat(r), rtol=1e-3, atol=1e-4)
+
+
+def test_munba_of_opposite_gradients_is_zero_and_of_halves_has_its_length():
+    f = [torch.tensor([3., -4.]), torch.tensor([1.])]
+    assert not flat(munba(f, [-2 * x for x in f])).any()
+    for dtype, rounding in ROUNDING.items():
+        d = munba([x.to(dtype) for x in f], [torch.ones(2, dtype=dtype), torch.ones(1, dtype=dtype)])
+        assert all(x.dtype == dtype for x in d) and size(d) == pytest.approx(2 ** .5, rel=2 * rounding + 1e-5)
 
 
 @given(st.lists(st.tuples(gradients, gradients), min_size=1, max_size=7), st.integers(1, 4))
@@ -346,7 +378,7 @@ def test_cosine_is_the_cosine(f, r, i, j):
 # --- choosing ---
 
 def test_get_by_name_or_callable():
-    for name in ('plain', 'one_sided', 'symmetric', 'per_tensor', 'vaccine', 'cagrad'):
+    for name in ('plain', 'one_sided', 'symmetric', 'per_tensor', 'vaccine', 'cagrad', 'munba'):
         assert get(name) is getattr(surgery, name) and get(name).__name__ == name
     for paper, rule in (('pcgrad', symmetric), ('agem', one_sided), ('gradvac', vaccine)):
         assert get(paper) is rule is RULES[paper]
@@ -374,7 +406,7 @@ def test_what_cannot_be_is_refused_in_one_sentence():
     table = [(partial(vaccine, g, g, rho=1.), ['rho is 1.0']), (partial(vaccine, g, g, rho=-1.), ['rho is -1.0']),
              (partial(cagrad, g, g, c=-.1), ['c is -0.1']), (partial(subspace, 0), ['m is 0'])]
     table += [(partial(get, wrong), [repr(wrong), *RULES]) for wrong in ('pc-grad', '', None, 1, ['plain'], {})]
-    table += [(partial(rule, g, g * 2), []) for rule in EVERY]   # lists of other lengths
+    table += [(partial(rule, g, g * 2), []) for rule in ALL]   # lists of other lengths
     for act, words in table:
         with pytest.raises(ValueError) as error: act()
         assert '\n' not in str(error.value) and all(word in str(error.value) for word in words), act

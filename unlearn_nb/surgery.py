@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RULES', 'gram', 'products', 'cosine', 'combine', 'against', 'plain', 'one_sided', 'symmetric', 'vaccine',
-           'per_tensor', 'cagrad', 'subspace', 'get']
+           'per_tensor', 'cagrad', 'munba', 'subspace', 'get']
 
 # %% ../nbs/08_surgery.ipynb #5d7a253b
 import math
@@ -181,6 +181,17 @@ def cagrad(g_f, g_r, c=.5):
     k = 2 * c * math.sqrt(g02 / gw2) if helps else 0.
     return combine(1 + k * w, g_f, 1 + k * (1 - w), g_r)
 
+# %% ../nbs/08_surgery.ipynb #a930e49d
+def munba(g_f, g_r):
+    """(u_f + u_r) / sqrt(1 + cos), u of length 1: the Nash bargain of the two (arXiv 2411.15537), of length sqrt 2.
+
+    Both gain alike. A zero gradient leaves the other as it is; of opposite ones, which nothing helps, d is zero."""
+    ff, fr, rr = products(g_f, g_r)
+    if not (ff and rr): return combine(1, g_f, 1, g_r)
+    c = fr / math.sqrt(ff * rr)
+    share = 0. if 1 + c < 1e-6 else 1 / math.sqrt(1 + c)   # below that the sum is rounding
+    return combine(share / math.sqrt(ff), g_f, share / math.sqrt(rr), g_r)
+
 # %% ../nbs/08_surgery.ipynb #8f1ea8d6
 def unit(g, gg):
     "A copy of g, in float32 or better, divided by its length sqrt(gg); as it is if that is zero."
@@ -233,7 +244,7 @@ def subspace(m=8):
 
 # %% ../nbs/08_surgery.ipynb #940b1b2b
 RULES = {rule.__name__: rule
-         for rule in (symmetric, one_sided, plain, per_tensor, vaccine, cagrad, subspace)}
+         for rule in (symmetric, one_sided, plain, per_tensor, vaccine, cagrad, munba, subspace)}
 RULES |= {"pcgrad": symmetric, "agem": one_sided, "gradvac": vaccine}   # as their papers call them
 
 def get(rule: str | Callable) -> Callable:
