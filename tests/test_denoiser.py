@@ -181,6 +181,7 @@ def test_encode_decode_round_trip():
         assert x.shape == (3, channels, 8, 8) and x.dtype == torch.float32 and x.min() >= -1 and x.max() <= 1
         for a, b in zip(pictures, d.decode(x)): assert b.mode == mode and np.array_equal(np.asarray(a), np.asarray(b))
         assert d.latents(x) is x and torch.equal(d.pixels(x), x.expand(-1, 3, -1, -1))   # grey three times
+        if channels == 1: assert_close(d.latents(d.pixels(x)), x)   # and back
 
 
 def test_an_oblong_model():

@@ -1,21 +1,26 @@
 """Every family of models, each by a small one of the real class with random weights: from the folder that stock
 diffusers wrote to a hotfix that stock diffusers loads."""
 
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMPipeline
+from diffusers import DDIMPipeline, DPMSolverMultistepScheduler, UniPCMultistepScheduler
 from safetensors.torch import save_file
 from small_pipelines import FAMILIES, family, make, unet
 from torch.nn import functional as F
 
+from unlearn_nb import audit as attacks
 from unlearn_nb import report
-from unlearn_nb.audit import audit
+from unlearn_nb.audit import ATTACKS, audit
 from unlearn_nb.families import class_encoder
 from unlearn_nb.files import fingerprint
 from unlearn_nb.hotfix import Hotfix
 from unlearn_nb.schedule import generators, randn
 from unlearn_nb.states import Request, default_retain
+from unlearn_nb.surrogates import propose
 from unlearn_nb.unlearn import Config, retain_settings, unlearn
 from unlearn_nb.zoo import load
 
@@ -70,13 +75,28 @@ def grid(x):
     return F.normalize(F.adaptive_avg_pool2d(x.float().cpu(), 4).flatten(1))
 
 
+def drawn(objective):
+    return partial(attacks.compare, partial(attacks.ascent, objective=objective, starts=2, steps=2))
+
+
+SHORT = {'A9 relearning': partial(attacks.relearning, after=(0, 1)), 'A14c disagreement': drawn(attacks.disagreement),
+         'A14e rise of the error': drawn(attacks.rise)}   # what takes long otherwise
+SOON = {k: replace(a, m=2, function=SHORT.get(k, a.function)) for k, a in ATTACKS.items() if a.quick}
+
+
+def noise(n, d):
+    "n pictures that nobody made, as `audit` wants them, of a grey model, too."
+    return torch.rand(n, 3, *d.size[::-1], generator=torch.Generator().manual_seed(0))*2 - 1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize('name', FAMILIES)
 def test_the_whole_path(name, tmp_path):
-    "Load, sample, forget, report, audit, save, load; in stock diffusers, too; remove, bit for bit."
+    "Load, sample, propose, forget, report, audit, save, load; in stock diffusers, too; remove, bit for bit."
     d, pipe, prompt = loaded(name, tmp_path/'model')
     before, base = fingerprint(d), pixels(d, prompt, 1)
-    x_f, x_s = d.decode(d.sample([1, 2], 4, prompt=prompt))
+    [x_f] = d.decode(d.sample([1], 4, prompt=prompt))
+    x_s = propose(d, x_f, seeds=range(2), steps=4, prompt=prompt, describe=grid)
     request = Request(x_f, x_s, 1, prompt, 4)
     cfg = Config.of(d, steps=3, **QUICK)
     assert (cfg.rank == 0) == name.startswith(PIXELS) or name == 'DDPM, classes'
@@ -96,8 +116,8 @@ def test_the_whole_path(name, tmp_path):
     if hasattr(pipe, 'load_lora_weights'):
         pipe.load_lora_weights(tmp_path/'fix', weight_name='hotfix.safetensors')
         assert abs(stock(pipe, d, prompt, 1) - changed).max() <= 2
-    attacks = audit(d, fix, request, None, grid, ['A1', 'A3'], True)['attacks']
-    assert len(attacks) >= 2 and fingerprint(d) == before
+    tried = audit(d, fix, request, partial(noise, d=d), grid, SOON)['attacks']
+    assert len(tried) == len(SOON) == 11 and all('score' in row for row in tried) and fingerprint(d) == before
 
 
 @pytest.mark.slow
@@ -123,6 +143,30 @@ def test_the_variance_half_is_not_trained(tmp_path):
     fix = unlearn(d, [Request(x_f, x_s, 1, copies=())], cfg=Config.of(d, steps=3, **QUICK))
     change = fix.delta['conv_out.weight'].float()
     assert change[:3].abs().max() > 1e-5 > 100*change[3:].abs().max()
+
+
+def test_other_solvers_get_no_variance(tmp_path):
+    "Those of diffusers would take it off once more, and with it one of four channels."
+    d, _, prompt = loaded('DiT', tmp_path/'model')
+    d.scheduler.register_to_config(variance_type='learned_range')
+    z = randn(generators([1]), d.shape)
+    with torch.no_grad():
+        for kind in (DPMSolverMultistepScheduler, UniPCMultistepScheduler):
+            x = attacks.stock(d, kind, z, 3, prompt)
+            assert x.shape == z.shape and x.isfinite().all()
+
+
+def test_words_are_searched_only_where_there_are_some(tmp_path):
+    "A class is a whole number, and so is what says which tokens count: neither has a gradient."
+    quick = partial(attacks.word_search, steps=1, batch=4)
+    tried = {'A8 word search': replace(ATTACKS['A8 word search'], m=2, function=quick)}
+    for name, worded in (('DDPM, classes', False), ('DiT', False), ('PixArt sigma', True)):
+        d, _, prompt = loaded(name, tmp_path/name)
+        [x_f] = d.decode(d.sample([1], 2, prompt=prompt))
+        fix = Hotfix({k: torch.zeros_like(w).half() for k, w in d.net.named_parameters() if 'proj_out' in k}, {
+            'base': {'id': d.name, 'sha256': fingerprint(d, base=True)}})
+        [row] = audit(d, fix, Request(x_f, x_f, 1, prompt, 2), partial(noise, d=d), grid, tried)['attacks']
+        assert d.worded == worded == ('score' in row)
 
 
 def test_a_class_is_a_prompt(tmp_path):

@@ -79,7 +79,7 @@ ATTACKS = {}
 NEEDS = {
     "seed": (lambda world, target: bool(target.seeds),
              "it starts from the seed that gave the picture, and the request names none"),
-    "words": (lambda world, target: bool(world.base.prompts),
+    "words": (lambda world, target: world.base.worded,
               "it searches among words, and this model makes pictures without words"),
 }
 
@@ -271,7 +271,7 @@ ATTACKS["A1 reconstruction"] = Attack(reconstruction, "regeneration", "pictures"
 # %% ../nbs/13_audit.ipynb #90f0d888
 def stock(denoiser, kind, z, steps, prompt):
     "From noise z [B, C, H, W] to clean images with a scheduler of diffusers."
-    scheduler = kind.from_config(denoiser.scheduler.config)
+    scheduler = kind.from_config(denoiser.scheduler.config, variance_type=None)   # that half is gone
     scheduler.set_timesteps(steps)
     cond, x = denoiser.prompt_ids(prompt, len(z)), z * scheduler.init_noise_sigma
     for t in scheduler.timesteps:
@@ -705,16 +705,17 @@ def word_search(world, target, steps=50, batch=8):
     m, out, row = world.model, [], world.model.prompt_id(target.prompt)
     last = torch.full((batch,), -1, device=m.device)   # the row of the words that are searched
     for x in target.x.split(1):
-        words = {k: v[[row]].clone().requires_grad_() for k, v in m.prompt_embeds.items()}
-        opt = torch.optim.Adam(words.values(), .1)
+        words = {k: v[[row]].clone() for k, v in m.prompt_embeds.items()}
+        free = [v.requires_grad_() for v in words.values() if v.is_floating_point()]   # a mask stays
+        opt = torch.optim.Adam(free, .1)
         for k in range(steps):
             g = step_generator(2, k)
             t = torch.randint(m.T, (batch,), generator=g).to(m.device)
             x_t = m.noise(x, torch.randn((batch, *m.shape), generator=g).to(x), t)
             with torch.enable_grad():
                 loss = x0_loss(with_words(m, words), x_t, t, x.expand_as(x_t), unit_v, last)
-                gradients = torch.autograd.grad(loss, list(words.values()))
-            for v, g in zip(words.values(), gradients): v.grad = g
+                gradients = torch.autograd.grad(loss, free)
+            for v, g in zip(free, gradients): v.grad = g
             opt.step()
         with torch.no_grad():
             z = randn(generators(range(4)), m.shape, m.device)

@@ -114,7 +114,7 @@ class Denoiser:
 
     nets = ("UNet2DModel",)                 # classes of diffusers that fit
     flows = ("SD3Transformer2DModel", "FluxTransformer2DModel")   # of all that fit somewhere
-    guidance, vae, prompts, others = 1., None, {}, ("",)          # what only models with words have
+    guidance, vae, prompts, others, worded = 1., None, {}, ("",), False   # what only models with words have
     classes, packed = False, 1   # may the net want a class? the side of its tokens, if it wants those
 
     def __init__(self, net, scheduler, *, name="custom", revision=None, side=None):
@@ -434,12 +434,12 @@ def opaque(image):
 # %% ../nbs/02_denoiser.ipynb #b036c778
 @patch
 def latents(self: Denoiser, x):
-    """Pixels [B, 3, H, W] in [-1, 1] -> x0: of a model of pixels x itself.
+    """Pixels [B, 3, H, W] in [-1, 1] -> x0: of a model of pixels x itself, of a grey one its mean.
 
     >>> model.latents(x) is x
     True
     """
-    return x
+    return x.mean(1, keepdim=True) if self.grey and x.shape[1] > 1 else x
 
 @patch
 def pixels(self: Denoiser, x0):

@@ -242,7 +242,7 @@ def seen(base, x):
     "What the layer at which the net is `cut` sees in pictures x [B, 3, H, W]: [B, 4 D]."
     t, rows = base.of_thousand(FEATURE_LEVEL), []
     for part in x.to(base.device).split(max_batch(base, 64)):
-        x0 = base.latents(part.mean(1, keepdim=True) if base.grey else part)
+        x0 = base.latents(part)
         level = base.level(t, len(x0))
         words = torch.zeros(len(x0), dtype=torch.long) if base.prompts else None   # prompt 0: none
         try: base(base.scales(level)[0] * x0, level, words)

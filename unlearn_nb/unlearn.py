@@ -303,7 +303,9 @@ def likeness(problem, describe, z):
     As it is or mirrored, whichever is more. And the bar that strangers reach."""
     d, own = problem.denoiser, problem.own
     def seen(x): return torch.stack([describe(d.pixels(v)) for v in (x, x.flip(-1))])   # [2, N, D]
-    now, was = seen(from_noise(d, z, problem.cfg.sampling_steps).x0), seen(own.x0).repeat(1, len(z) // len(own.x0), 1)
+    k = len(z) // len(own.x0)
+    cond = None if own.cond is None else own.cond.repeat(k)
+    now, was = seen(from_noise(d, z, problem.cfg.sampling_steps, cond).x0), seen(own.x0).repeat(1, k, 1)
     others = torch.cat([table.x0 for table in parts_of(problem.retain)])
     return (now * was).sum(-1).amax(0), strangers(d.pixels(others), describe)
 

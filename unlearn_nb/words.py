@@ -73,6 +73,11 @@ class TextDenoiser(LatentDenoiser):
         self.prompts, self.prompt_embeds = {}, {}
         self.prompt_id("" if guidance != 1 else self.others[0])
 
+    @property
+    def worded(self):
+        "Is it asked with words, which are numbers one can move?  A class is one whole number."
+        return any(v.is_floating_point() for v in self.prompt_embeds.values())
+
     def facts(self):
         "As those of a `LatentDenoiser`, guidance and the number of prompts."
         return super().facts() + [f"guidance {self.guidance:g}, prompts: {len(self.prompts)}"]
@@ -210,6 +215,7 @@ def latents(self: LatentDenoiser, x):
     >>> flags.latents(torch.zeros(1, 3, 64, 64)).shape
     torch.Size([1, 4, 16, 16])
     """
+    x = Denoiser.latents(self, x)
     if self.vae is None: return x
     c, few = self.vae.config, max(1, 2 ** 22 // (self.size[0] * self.size[1]))
     parts = (v.to(self.vae.dtype, memory_format=torch.contiguous_format) for v in x.split(few))
