@@ -51,7 +51,12 @@ def npo(problem, beta=10., c=1., paths=False):
     """NPO (arXiv 2404.05868) for one picture: a climb that fades as D = error - error of the base grows, times c.
 
     beta: per mean squared error of the noise; 0.01 is nearly `neggrad_retain`. A forget state also goes through the
-    base, four units of work where a retain state is three: so 3/4 as many."""
+    base, four units of work where a retain state is three: so 3/4 as many.
+
+    >>> g, seen = npo(problem)(0, torch.Generator().manual_seed(0))
+    >>> sorted(seen)
+    ['forget', 'retain']
+    """
     states, loss = forget_image(problem, paths, n=problem.size * 3 // 8), npo_loss(problem, beta)
     return two(problem, states, lambda g_f, g_r: combine(c, g_f, 1, g_r), paths=paths, loss=loss)
 
@@ -106,7 +111,12 @@ def duo(problem, beta=500., lam=1e4, c=1., t_max=750, own_t=True, paths=False):
     The loss -log sigmoid(beta (D(x_f) - D(x_s))) + lam beta |out - out of the base|^2, times 2 c / beta, below t_max of
     1000. own_t: a pair's two have timesteps of their own, as in the released code; else the same. It keeps by its
     prior alone; paths: by our retain states as well, for half of the work. All prompts are empty. A pair is eight
-    units of work and a prior state four, where a retain state is three: one pair and one prior state for four."""
+    units of work and a prior state four, where a retain state is three: one pair and one prior state for four.
+
+    >>> g, seen = duo(problem)(0, torch.Generator().manual_seed(0))
+    >>> sorted(seen)
+    ['forget', 'prior']
+    """
     n = max(1, problem.size // (8 if paths else 4))
     low, loss, prior = replace(problem, levels=(0, t_max)), pair_loss(problem, beta), prior_loss(problem)
     pairs, noise = pair_states(low, paths, n, own_t), prior_states(problem, n)
@@ -122,7 +132,11 @@ def duo(problem, beta=500., lam=1e4, c=1., t_max=750, own_t=True, paths=False):
 
 # %% ../nbs/18_preferences.ipynb #c0dd692c
 def low_pass(x, cutoff):
-    "x [B, C, H, W] without frequencies above a cutoff, in cycles per pixel: .5 is the finest stripe, .71 is all."
+    """x [B, C, H, W] without frequencies above a cutoff, in cycles per pixel: .5 is the finest stripe, .71 is all.
+
+    >>> low_pass(x, cutoff=.25).shape, torch.allclose(low_pass(x, cutoff=.71), x, atol=1e-5)
+    (torch.Size([4, 3, 32, 32]), True)
+    """
     fy, fx = (torch.fft.fftfreq(n, device=x.device) for n in x.shape[-2:])
     return torch.fft.ifft2(torch.fft.fft2(x) * (torch.hypot(fy[:, None], fx) <= cutoff)).real
 
@@ -138,7 +152,10 @@ def band_loss(cutoff):
 def time_frequency(problem, c=.1, t_min=250, t_max=750, cutoff=.25, paths=False):
     """Selective forgetting in time and frequency (arXiv 2510.17917), on SISS without importance sampling.
 
-    It climbs at timesteps from t_min on and below t_max (of 1000), and on frequencies up to a cutoff (`low_pass`)."""
+    It climbs at timesteps from t_min on and below t_max (of 1000), and on frequencies up to a cutoff (`low_pass`).
+
+    >>> g, seen = time_frequency(problem)(0, torch.Generator().manual_seed(0))
+    """
     part, up = replace(problem, levels=(t_min, t_max)), climb_length(problem, c)
     def merge(g_f, g_r): return climb(g_r, g_f, up)
     return two(part, forget_image(part, paths), merge, paths=paths, loss=band_loss(cutoff), sign=-1)
@@ -146,7 +163,10 @@ def time_frequency(problem, c=.1, t_min=250, t_max=750, cutoff=.25, paths=False)
 def key_steps(problem, method=neggrad_retain, skip=.3, paths=False, **coefficients):
     """The key steps of KSCU (arXiv 2507.06526): any rival, without the first share `skip` of the steps of sampling.
 
-    At their levels it meets no forget image; what must stay is met everywhere."""
+    At their levels it meets no forget image; what must stay is met everywhere. ValueError unless skip is a share.
+
+    >>> g, seen = key_steps(problem, skip=.3)(0, torch.Generator().manual_seed(0))
+    """
     if not 0 <= skip < 1: raise ValueError(f"skip is {skip}; it is a share of the steps of sampling, from 0 to below 1")
     d = problem.denoiser
     steps = d.timesteps(d.T - 1, problem.cfg.sampling_steps)
