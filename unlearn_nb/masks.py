@@ -53,18 +53,31 @@ def at_level(problem, t, n, g, paths):
 def wanda(weight, n_f, n_r, share):
     """A mask like a weight [O, C, ...]: what is among the largest `share` of |W_ij| n_f,j of its row and above n_r,j's.
 
-    n_f, n_r [C]: how much of each channel enters for the picture, and for others (`uses`). The score: Wanda."""
+    n_f, n_r [C]: how much of each channel enters for the picture, and for others (`uses`). The score: Wanda.
+
+    >>> weight, n_f, n_r = torch.tensor([[1., 2.], [3., 4.]]), torch.tensor([1., .1]), torch.tensor([.5, 1.])
+    >>> wanda(weight, n_f, n_r, share=.5)[0]
+    tensor([ True, False])
+    """
     def score(n): return (weight.abs() * n.view(1, -1, *[1] * (weight.dim() - 2))).flatten(1)
     picture, others = score(n_f), score(n_r)
     most = picture.topk(int(share * picture.shape[1]), dim=1).indices
     top = torch.zeros_like(picture, dtype=torch.bool).scatter(1, most, True)
     return (top & (picture > others)).view_as(weight)
 
+# %% ../nbs/20_masks.ipynb #25043f38
 def prune(problem, share=.01, levels=10, paths=False):
     """The memorised subspace (arXiv 2406.18566), taken out: what `wanda` marks at the noisiest levels is set to zero.
 
     No training: the first step sets the weights, all others leave them, so lr says nothing. It costs one forward pass
-    of size states for each level. ValueError unless damping and rank are 0."""
+    of size states for each level. ValueError unless damping and rank are 0.
+
+    >>> from dataclasses import replace
+    >>> from unlearn_nb.unlearn import problem_of
+    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> prune(mine, levels=1)(0, torch.Generator())[1]["pruned"] < .01, mine.parametrization.restore()
+    (True, None)
+    """
     form, cfg, d = problem.parametrization, problem.cfg, problem.denoiser
     if cfg.damping or cfg.rank:
         raise ValueError(f"damping is {cfg.damping:g} and rank is {cfg.rank}, but pruning sets single weights to zero; "
@@ -84,12 +97,20 @@ def prune(problem, share=.01, levels=10, paths=False):
 
 # %% ../nbs/20_masks.ipynb #c1b2d087
 def largest(A, share):
-    "A mask like A: 1 at the `share` of its entries with the largest |A|, else 0."
+    """A mask like A: 1 at the `share` of its entries with the largest |A|, else 0.
+
+    >>> largest(torch.tensor([1., -3., 2.]), share=1 / 3)
+    tensor([0., 1., 0.])
+    """
     kept = A.abs().flatten().topk(round(share * A.numel())).indices
     return torch.zeros_like(A).flatten().index_fill(0, kept, 1).view_as(A)
 
 def turn_over(mask, A, f):
-    "The mask (0 and 1) without the share f of it with the smallest |A|, and with as many more with the largest |A|."
+    """The mask (0 and 1) without the share f of it with the smallest |A|, and with as many more with the largest |A|.
+
+    >>> turn_over(torch.tensor([1., 0., 0.]), torch.tensor([1., -3., 2.]), f=1.)
+    tensor([0., 1., 0.])
+    """
     flat_mask, size = mask.flatten(), A.abs().flatten()
     active = int(flat_mask.sum())
     n = min(int(f * active), flat_mask.numel() - active)
@@ -118,7 +139,10 @@ def sculpt(problem, share=.5, beta=.25, warm=4, paths=False):
 
     Towards the net's own belief with the surrogate in place, beta times what must stay, for a share of each tensor's
     weights that is chosen anew ten times a run. A forget state goes through the net at two places, so there are
-    size / 3 of them; before the first step `warm` batches choose the mask."""
+    size / 3 of them; before the first step `warm` batches choose the mask.
+
+    >>> g, seen = sculpt(problem)(0, torch.Generator().manual_seed(0))
+    """
     n, cfg, params = problem.size // 3, problem.cfg, problem.parametrization.params
     states, kept = surrogate_beliefs(problem, paths, n), retained(problem, problem.size - 2 * n, paths)
     first, g = forget_image(problem, paths, n=problem.size), torch.Generator().manual_seed(cfg.seed)

@@ -185,7 +185,11 @@ def cagrad(g_f, g_r, c=.5):
 def munba(g_f, g_r):
     """(u_f + u_r) / sqrt(1 + cos), u of length 1: the Nash bargain of the two (arXiv 2411.15537), of length sqrt 2.
 
-    Both gain alike. A zero gradient leaves the other as it is; of opposite ones, which nothing helps, d is zero."""
+    Both gain alike. A zero gradient leaves the other as it is; of opposite ones, which nothing helps, d is zero.
+
+    >>> munba([torch.tensor([1., 0.])], [torch.tensor([0., 4.])])
+    [tensor([1., 1.])]
+    """
     ff, fr, rr = products(g_f, g_r)
     if not (ff and rr): return combine(1, g_f, 1, g_r)
     c = fr / math.sqrt(ff * rr)

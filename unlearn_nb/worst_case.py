@@ -20,7 +20,10 @@ from .weights import unit_eps, unit_x0, x0_loss
 
 # %% ../nbs/19_worst_case.ipynb #6605b131
 def munba(problem, paths=False):
-    "The bargain of Munba (arXiv 2411.15537) between the surrogate's loss and what must stay."
+    """The bargain of Munba (arXiv 2411.15537) between the surrogate's loss and what must stay.
+
+    >>> g, seen = munba(problem)(0, torch.Generator().manual_seed(0))
+    """
     return two(problem, forget_image(problem, paths, goal=problem.x_s), surgery.munba, paths=paths)
 
 # %% ../nbs/19_worst_case.ipynb #5dff50c3
@@ -43,7 +46,10 @@ def lengths(v):
 def replay(problem, x_t, t, x_f, k, bound):
     """x_t + s r: states [B, C, H, W] whose noise is moved by the r at which the net believes most in x_f.
 
-    k steps against the gradient of ||x0_hat - x_f||^2, r never longer than `bound` times what noise is."""
+    k steps against the gradient of ||x0_hat - x_f||^2, r never longer than `bound` times what noise is.
+
+    >>> worst = replay(problem, x, model.level(500, len(x)), x, k=1, bound=.3)   # [4, 3, 32, 32]
+    """
     d, r, radius = problem.denoiser, torch.zeros_like(x_t), bound * sqrt(x_t[0].numel())
     s = d.scales(t)[1]
     for _ in range(k):
@@ -57,7 +63,10 @@ def dori(problem, k=2, bound=.3, c=1., paths=False):
     """Finding DoRI (arXiv 2507.16880) without words: c times the surrogate's loss where the noise is worst; retain.
 
     A forget state goes k times more through the net to find that noise, so there are size / (k + 2) of them.
-    k = 0: the plain loss."""
+    k = 0: the plain loss.
+
+    >>> g, seen = dori(problem)(0, torch.Generator().manual_seed(0))
+    """
     n, few = problem.size // (k + 2), problem.cfg.micro_batch
     states, kept = ends(problem, paths, n), retained(problem, problem.size - (k + 1) * n, paths)
     def step_gradient(step, g):
@@ -94,7 +103,10 @@ def of_length(g, length):
 def sam(problem, rho=.1, gamma=1., paths=False):
     """SAM (arXiv 2502.05374): the surrogate's gradient at params moved by rho up its slope, and gamma times retain.
 
-    A forget state goes through the net at two places, so there are size / 3 of them. rho = 0: the plain loss."""
+    A forget state goes through the net at two places, so there are size / 3 of them. rho = 0: the plain loss.
+
+    >>> g, seen = sam(problem)(0, torch.Generator().manual_seed(0))
+    """
     n = problem.size // 3
     states, kept = forget_image(problem, paths, problem.x_s, n), retained(problem, problem.size - 2 * n, paths)
     def step_gradient(step, g):
@@ -108,7 +120,10 @@ def sam(problem, rho=.1, gamma=1., paths=False):
 def smoothing(problem, rho=.1, gamma=1., m=3, paths=False):
     """Random smoothing (arXiv 2502.05374): the surrogate's gradient, mean over m random moves of length rho; retain.
 
-    A forget state goes through the net m times, so there are size / (m + 1) of them."""
+    A forget state goes through the net m times, so there are size / (m + 1) of them.
+
+    >>> g, seen = smoothing(problem)(0, torch.Generator().manual_seed(0))
+    """
     n, params = problem.size // (m + 1), problem.parametrization.params
     states, kept = forget_image(problem, paths, problem.x_s, n), retained(problem, problem.size - m * n, paths)
     def step_gradient(step, g):
@@ -125,7 +140,11 @@ def smoothing(problem, rho=.1, gamma=1., m=3, paths=False):
 def neutral(g_f, g_r, rho):
     """rho P g_f / ||P g_f||, P taking away what lies along g_r: the longest gain that retaining does not notice.
 
-    Zero where nothing is left: for parallel gradients."""
+    Zero where nothing is left: for parallel gradients.
+
+    >>> neutral([torch.tensor([1., 1.])], [torch.tensor([0., 2.])], rho=1.)
+    [tensor([1., 0.])]
+    """
     ff, fr, rr = products(g_f, g_r)
     free = combine(1, g_f, -fr / rr if rr else 0., g_r)
     return of_length(free, 0. if ff * rr and fr * fr > (1 - 1e-6) * ff * rr else rho)
@@ -134,7 +153,10 @@ def rosu(problem, rho=.1, c=.1, paths=False):
     """ROSU (arXiv 2605.05871): the retain gradient at params moved by d, which retaining does not notice, and up d.
 
     d has the length rho, and leads up the loss of the forget image; c: how far up, as in `siss`. What must stay goes
-    through the net at two places, so there are size / 3 such states."""
+    through the net at two places, so there are size / 3 such states.
+
+    >>> g, seen = rosu(problem)(0, torch.Generator().manual_seed(0))
+    """
     n, up = problem.size // 3, climb_length(problem, c)
     states, kept = forget_image(problem, paths, n=problem.size - 2 * n), retained(problem, n, paths)
     def step_gradient(step, g):
