@@ -69,7 +69,7 @@ def attached(tree):
         if isinstance(n, ast.FunctionDef) and patched(n): yield n.args.args[0].annotation.id, function(n, True)
         for target in n.targets if isinstance(n, ast.Assign) else ():
             targets = getattr(target, 'elts', [target])
-            values = n.value.elts if len(targets) > 1 else [n.value]
+            values = getattr(n.value, 'elts', [n.value])
             for t, v in zip(targets, values):
                 if not (isinstance(t, ast.Attribute) and isinstance(t.value, ast.Name) and t.value.id[:1].isupper()):
                     continue

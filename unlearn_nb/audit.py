@@ -31,7 +31,11 @@ from .weights import unit_v, x0_loss
 # %% ../nbs/13_audit.ipynb #99dd9cf9
 @dataclass(frozen=True, eq=False)
 class World:
-    "What an attacker has: the `model` under attack and, where they are public, base and card."
+    """What an attacker has: the `model` under attack and, where they are public, base and card.
+
+    >>> World(model, edited(model, fix), card=fix.card).steps
+    25
+    """
     base: Denoiser
     model: Denoiser
     describe: Callable = describe   # pictures [B, 3, H, W] -> unit vectors [B, D]
@@ -41,7 +45,11 @@ class World:
 
 @dataclass(frozen=True, eq=False)
 class Target:
-    "N pictures that are looked for: clean images x [N, C, H, W], and what is known of them."
+    """N pictures that are looked for: clean images x [N, C, H, W], and what is known of them.
+
+    >>> Target(x, seeds=(7, 8, 9, 10)).x.shape
+    torch.Size([4, 3, 32, 32])
+    """
     x: Tensor
     seeds: tuple | None = None      # [N] the seeds that gave them
     prompt: str | None = None       # of a model with words
@@ -56,7 +64,11 @@ def twin(denoiser):
 
 # %% ../nbs/13_audit.ipynb #0028c70e
 def edited(denoiser, hotfix):
-    "A copy of the denoiser with the hotfix on it; the denoiser itself stays as it is."
+    """A copy of the denoiser with the hotfix on it; the denoiser itself stays as it is.
+
+    >>> edited(model, fix).hotfixes == [fix], model.hotfixes
+    (True, [])
+    """
     new = twin(denoiser)
     hotfix.apply(new)
     return new
@@ -64,7 +76,11 @@ def edited(denoiser, hotfix):
 # %% ../nbs/13_audit.ipynb #83bca43f
 @dataclass(frozen=True)
 class Attack:
-    "One way to ask, and beside what its answer is judged."
+    """One way to ask, and beside what its answer is judged.
+
+    >>> def brightness(world, target): return {"mean": target.x.mean((1, 2, 3))}
+    >>> mine = Attack(brightness, "file", "pictures")   # {"A0 brightness": mine} as the attacks of `audit`
+    """
     function: Callable    # (world, target) -> {column: scores [N]}
     kind: str             # regeneration, detection (two-sided), or file: needs base and hotfix
     controls: str         # a name of `CONTROLS`
@@ -123,19 +139,31 @@ def largest(z, two_sided):
 ALPHA = .05   # how often an attack may blame a model that does not know the picture
 
 def rank_p(score, controls, two_sided=False):
-    "p = (1 + #{C >= T}) / (m + 1) of a score T among those of m controls [m]."
+    """p = (1 + #{C >= T}) / (m + 1) of a score T among those of m controls [m].
+
+    >>> rank_p(3., torch.tensor([1., 2., 3., 4.]))
+    0.6
+    """
     if two_sided: score, controls = abs(score), controls.abs()
     return (1 + (controls >= score).sum().item()) / (len(controls) + 1)
 
 def percentile(score, controls):
-    "Where a score stands among those of m controls [m]: 0 ... 100; ties count half."
+    """Where a score stands among those of m controls [m]: 0 ... 100; ties count half.
+
+    >>> percentile(3., torch.tensor([1., 2., 3., 4.]))
+    62.5
+    """
     below, same = (controls < score).sum().item(), (controls == score).sum().item()
     return 100 * (below + same / 2) / len(controls)
 
 def verdict(kind, p, m, power=True):
     """The verdict in words, from p beside m controls.
 
-    power: does the attack find the picture in the base model?  None: that is not asked."""
+    power: does the attack find the picture in the base model?  None: that is not asked.
+
+    >>> verdict("regeneration", p=.05, m=19), verdict("regeneration", p=.5, m=19, power=False)
+    ('leaks', 'no power')
+    """
     found = p <= max(ALPHA, 1 / (m + 1))
     if kind == "detection": return "conspicuous" if found else "holds"
     return "leaks" if found else "no power" if power is False else "holds"
@@ -156,7 +184,12 @@ def counted(*denoisers):
 def judge(attack, world, target, controls, name=""):
     """Run an `Attack` on the target, its controls, and, if it asks what a model gives, on the base.
 
-    A row of numbers: score, controls and base in deviations of the controls."""
+    A row of numbers: score, controls and base in deviations of the controls.
+
+    >>> mine = Attack(lambda world, target: {"mean": target.x.mean((1, 2, 3))}, "file", "pictures")
+    >>> judge(mine, World(model, edited(model, fix)), Target(x[:1]), Target(x[1:]), "A0 brightness")["p"]
+    0.5
+    """
     start, two_sided = time.monotonic(), attack.kind == "detection"
     with counted(world.base, world.model) as passes:
         parts = [attack.function(world, t) for t in (target, controls)]
@@ -218,7 +251,13 @@ SAID = {"leaks": FORGET, "conspicuous": FORGET, "holds": RETAIN, "no power": BAS
 # %% ../nbs/13_audit.ipynb #d670b245
 #| code-fold: true
 def table(result):
-    "The audit as a `Table`; numbers in the unit of the column that decided."
+    """The audit as a `Table`; numbers in the unit of the column that decided.
+
+    >>> mine = Attack(lambda world, target: {"mean": target.x.mean((1, 2, 3))}, "file", "pictures")
+    >>> row = judge(mine, World(model, edited(model, fix)), Target(x[:1]), Target(x[1:]), "A0 brightness")
+    >>> table({"attacks": [row], "verdict": summary([row])}).note
+    'Verdict: holds.'
+    """
     head = ["attack", "decided by", "target", "controls", "their 95 %", "base", "p", "verdict",
             "passes", "s"]
     def cells(r):
@@ -232,7 +271,13 @@ def table(result):
 # %% ../nbs/13_audit.ipynb #3b5f7d16
 #| code-fold: true
 def figure(result, title="", limits=(-6, 10)):
-    "One line for each attack: its controls grey, the base hollow, the edited model coloured."
+    """One line for each attack: its controls grey, the base hollow, the edited model coloured.
+
+    >>> mine = Attack(lambda world, target: {"mean": target.x.mean((1, 2, 3))}, "file", "pictures")
+    >>> row = judge(mine, World(model, edited(model, fix)), Target(x[:1]), Target(x[1:]), "A0 brightness")
+    >>> figure({"attacks": [row], "verdict": summary([row])}).width
+    1200
+    """
     from matplotlib.figure import Figure   # takes most of a second to import
     rows = [r for r in result["attacks"] if "score" in r]
     fig = Figure(figsize=(8, 1.2 + .32 * len(rows)), dpi=150, layout="constrained")
@@ -727,7 +772,11 @@ ATTACKS["A8 word search"] = Attack(word_search, "regeneration", "pictures", 9, (
 
 # %% ../nbs/13_audit.ipynb #5bf2a11e
 def null_hotfixes(hotfix, seed=0):
-    "Two that know nothing: 'zero', and 'shuffled' (the entries of each tensor in another order)."
+    """Two that know nothing: 'zero', and 'shuffled' (the entries of each tensor in another order).
+
+    >>> list(null_hotfixes(fix))
+    ['zero', 'shuffled']
+    """
     g = torch.Generator().manual_seed(seed)
     def shuffle(v): return v.flatten()[torch.randperm(v.numel(), generator=g)].view(v.shape)
     def change(f): return Hotfix({k: f(v) for k, v in hotfix.delta.items()}, hotfix.card)
@@ -799,7 +848,11 @@ def audit(denoiser, hotfix, request, never=None, describe=describe, attacks=None
 
 # %% ../nbs/13_audit.ipynb #summary01
 def summary(rows):
-    "One line: what leaks, what is conspicuous; or that all holds."
+    """One line: what leaks, what is conspicuous; or that all holds.
+
+    >>> summary([{"name": "A1 prompt", "verdict": "leaks", "score": 3.}])
+    'leaks: prompt'
+    """
     def those(v): return ", ".join(r["name"].split(" ", 1)[1] for r in rows if r["verdict"] == v)
     found = [f"{v}: {those(v)}" for v in ("leaks", "conspicuous") if those(v)] or ["holds"]
     idle = those("no power"), ", ".join(r["name"].split(" ", 1)[1] for r in rows if "score" not in r)

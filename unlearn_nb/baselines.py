@@ -47,7 +47,12 @@ def retained(problem, n, paths):
 def two(problem, states, merge, *, paths=False, loss=x0_loss, sign=1, name="forget"):
     """A method of two halves: the gradient g_f of `states(g)`, that of what must stay g_r, and merge(g_f, g_r).
 
-    sign: of the logged loss of the first half, whose name is `name`."""
+    sign: of the logged loss of the first half, whose name is `name`.
+
+    >>> def states(g): return ordinary(problem.denoiser, problem.x_f, 2, g)
+    >>> def climb_by_half(g_f, g_r): return combine(-.5, g_f, 1, g_r)
+    >>> g, seen = two(problem, states, climb_by_half)(0, torch.Generator().manual_seed(0))
+    """
     kept = retained(problem, problem.size // 2, paths)
     def step_gradient(step, g):
         loss_f, g_f = problem.gradient(states(g), unit_eps, loss)
@@ -78,7 +83,10 @@ def forget_image(problem, paths, goal=None, n=None):
 
 # %% ../nbs/17_baselines.ipynb #4c28a2e7
 def naive(problem, paths=False):
-    "Kept pictures only."
+    """Kept pictures only: a function (step, generator) -> (gradient, what to log), as all methods here.
+
+    >>> g, seen = naive(problem)(0, torch.Generator().manual_seed(0))
+    """
     kept = retained(problem, problem.size, paths)
     def step_gradient(step, g):
         loss, g_r = kept(g)
@@ -86,7 +94,10 @@ def naive(problem, paths=False):
     return step_gradient
 
 def neggrad(problem, paths=False):
-    "Up the loss of the forget image; no bound below."
+    """Up the loss of the forget image; no bound below.
+
+    >>> g, seen = neggrad(problem)(0, torch.Generator().manual_seed(0))
+    """
     states = forget_image(problem, paths, n=problem.size)
     def step_gradient(step, g):
         loss, g_f = problem.gradient(states(g), unit_eps)
@@ -94,11 +105,17 @@ def neggrad(problem, paths=False):
     return step_gradient
 
 def neggrad_retain(problem, c=.1, paths=False):
-    "Up the loss of the forget image by a share c, down that of what must stay."
+    """Up the loss of the forget image by a share c, down that of what must stay.
+
+    >>> g, seen = neggrad_retain(problem)(0, torch.Generator().manual_seed(0))
+    """
     return two(problem, forget_image(problem, paths), lambda g_f, g_r: combine(-c, g_f, 1, g_r), paths=paths, sign=-1)
 
 def finetune(problem, c=1., paths=False):
-    "Ordinary training on the surrogate, with weight c, and on what must stay."
+    """Ordinary training on the surrogate, with weight c, and on what must stay.
+
+    >>> g, seen = finetune(problem)(0, torch.Generator().manual_seed(0))
+    """
     def states(g): return ordinary(problem.denoiser, problem.x_s, problem.size // 2, g)
     return two(problem, states, lambda g_s, g_r: combine(c, g_s, 1, g_r), paths=paths, name="surrogate")
 
@@ -114,7 +131,10 @@ def noise_states(problem, paths):
 
 # %% ../nbs/17_baselines.ipynb #e3fe47c2
 def erasediff(problem, eta=1e-3, paths=False):
-    "EraseDiff (arXiv 2401.05779), to first order, with the coefficient of BOME (arXiv 2209.08709)."
+    """EraseDiff (arXiv 2401.05779), to first order, with the coefficient of BOME (arXiv 2209.08709).
+
+    >>> g, seen = erasediff(problem)(0, torch.Generator().manual_seed(0))
+    """
     def merge(g_u, g_r):
         uu, ur, _ = products(g_u, g_r)
         return combine(max(eta - ur / uu, 0.), g_u, 1, g_r)
@@ -134,7 +154,10 @@ def salient(problem, share, batches=4):
 def salun(problem, share=.5, alpha=1., paths=False):
     """The mask of SalUn (arXiv 2310.12508): towards noise, plus alpha times what must stay, for the salient weights.
 
-    share: of the weights that move. The paper's own target needs labels."""
+    share: of the weights that move. The paper's own target needs labels.
+
+    >>> g, seen = salun(problem)(0, torch.Generator().manual_seed(0))
+    """
     mask = salient(problem, share)
     def merge(g_u, g_r): return torch._foreach_mul(combine(1, g_u, alpha, g_r), mask)
     return two(problem, noise_states(problem, paths), merge, paths=paths)
@@ -154,7 +177,10 @@ def selective_amnesia(problem, lam=10., paths=False):
     """Selective Amnesia (arXiv 2305.10120): towards a picture of noise, replay, and a spring on each weight.
 
     The spring is lam F_i (theta_i - theta0_i)^2 with the Fisher information F. The paper noises noise pictures; here
-    x_f is noised, and noise is the goal."""
+    x_f is noised, and noise is the goal.
+
+    >>> g, seen = selective_amnesia(problem)(0, torch.Generator().manual_seed(0))
+    """
     F, params, of_image = fisher(problem), problem.parametrization.params, forget_image(problem, paths)
     def states(g):
         x_t, t, goal = of_image(g)
@@ -183,7 +209,10 @@ def climb_length(problem, c):
 def siss(problem, lam=.5, c=.1, t_min=0):
     """SISS (arXiv 2503.01034); c: see `climb_length`. t_min = T - 1: as its script for faces has it.
 
-    A state goes once forward and twice back: five units of work, where others spend six on two. So 3/5 as many."""
+    A state goes once forward and twice back: five units of work, where others spend six on two. So 3/5 as many.
+
+    >>> g, seen = siss(problem)(0, torch.Generator().manual_seed(0))
+    """
     x, n, up, d = pictures(problem.retain), problem.size * 3 // 5, climb_length(problem, c), problem.denoiser
     weights, pull = problem.parametrization.weights, problem.parametrization.project_gradients
     def step_gradient(step, g):
@@ -200,7 +229,10 @@ def siss(problem, lam=.5, c=.1, t_min=0):
     return step_gradient
 
 def siss_no_is(problem, c=.1, paths=False):
-    "SISS without importance sampling: two batches."
+    """SISS (arXiv 2503.01034) without importance sampling: two batches.
+
+    >>> g, seen = siss_no_is(problem)(0, torch.Generator().manual_seed(0))
+    """
     up = climb_length(problem, c)
     return two(problem, forget_image(problem, paths), lambda g_f, g_r: climb(g_r, g_f, up), paths=paths, sign=-1)
 
@@ -218,7 +250,10 @@ def cut_loss(alpha):
 
 # %% ../nbs/17_baselines.ipynb #7802ba65
 def rgd(problem, alpha=.1, lam=5., paths=False):
-    "Restricted gradient (arXiv 2412.07808)."
+    """Restricted gradient (arXiv 2412.07808).
+
+    >>> g, seen = rgd(problem)(0, torch.Generator().manual_seed(0))
+    """
     def merge(g_f, g_r): return restrict(g_f, g_r, lam)
     return two(problem, forget_image(problem, paths), merge, paths=paths, loss=cut_loss(alpha))
 
@@ -230,7 +265,10 @@ def concept_cut(g_f, g_r, lam=1.):
 
 # %% ../nbs/17_baselines.ipynb #e6c607b9
 def doco(problem, lam=1., paths=False):
-    "DoCo's surgery (arXiv 2405.15304) on the surrogate's loss."
+    """DoCo's surgery (arXiv 2405.15304) on the surrogate's loss.
+
+    >>> g, seen = doco(problem)(0, torch.Generator().manual_seed(0))
+    """
     states = forget_image(problem, paths, goal=problem.x_s)
     return two(problem, states, lambda g_f, g_r: concept_cut(g_f, g_r, lam), paths=paths)
 
@@ -244,7 +282,10 @@ def towards(denoiser, x_t, t, y):
 
 # %% ../nbs/17_baselines.ipynb #a748896a
 def retrack(problem, K=10, lam=.005, paths=False):
-    "ReTrack (arXiv 2509.13007): lam towards the K nearest kept pictures, 1 - lam for what must stay."
+    """ReTrack (arXiv 2509.13007): lam towards the K nearest kept pictures, 1 - lam for what must stay.
+
+    >>> g, seen = retrack(problem)(0, torch.Generator().manual_seed(0))
+    """
     x = pictures(problem.retain)
     y, of_image = x[nearest(x, problem.x_f[:1], K)], forget_image(problem, paths)
     def states(g):
@@ -256,13 +297,19 @@ def retrack(problem, K=10, lam=.005, paths=False):
 def paper(problem, paths=False):
     """Edit, weigh, project as the abstract of arXiv 2603.10445 names them, with noised pictures as what must stay.
 
-    For a `Config` with damping, path_share and mix_share 0 and t_max T."""
+    For a `Config` with damping, path_share and mix_share 0 and t_max T.
+
+    >>> g, seen = paper(problem)(0, torch.Generator().manual_seed(0))
+    """
     if paths: return edit_weigh_project(problem)
     kept = noised(problem.denoiser, pictures(problem.retain), 25, goal="picture")
     return edit_weigh_project(replace(problem, retain=kept))
 
 def no_edit(problem):
-    "`edit_weigh_project` with the nearest kept picture as surrogate."
+    """`edit_weigh_project` with the nearest kept picture as surrogate.
+
+    >>> g, seen = no_edit(problem)(0, torch.Generator().manual_seed(0))
+    """
     x = pictures(problem.retain)
     x_s = torch.stack([x[nearest(x, x_f[None], 1)[0]] for x_f in problem.x_f])
     own = problem.own

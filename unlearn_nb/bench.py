@@ -48,13 +48,22 @@ ON_CPU = {   # attention as CPUs have it, which torch's own list leaves out
 def flops(f):
     """Floating-point operations of the products, convolutions and attention in f(), backward passes included.
 
-    A multiplication and an addition are two."""
+    A multiplication and an addition are two.
+
+    >>> flops(lambda: torch.ones(2, 3) @ torch.ones(3, 4))   # 2 * 2 * 3 * 4
+    48
+    """
     with FlopCounterMode(display=False, custom_mapping=ON_CPU) as counter: f()
     return counter.get_total_flops()
 
 # %% ../nbs/workshop/bench.ipynb #c8219abd
 def full_step(problem, opt, k=1):
-    "Step k of `unlearn`, for a `Problem` and its optimiser."
+    """Step k of `unlearn`, for a `Problem` and its optimiser.
+
+    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> full_step(mine, opt), mine.parametrization.restore()
+    (None, None)
+    """
     gradients, _ = edit_weigh_project(problem)(k, step_generator(problem.cfg.seed, k))
     move(problem.parametrization, opt, gradients, k, problem.cfg)
 
@@ -66,7 +75,12 @@ def batches(problem, k=1):
 
 # %% ../nbs/workshop/bench.ipynb #f123d75b
 def together(forget, retain, w_f, w_r):
-    "One batch, and one weight, whose mean loss is the sum of the mean losses of two batches (x_t, t, goal, *cond)."
+    """One batch, and one weight, whose mean loss is the sum of the mean losses of two batches (x_t, t, goal, *cond).
+
+    >>> batch, w = together(*batches(problem), weights.get("abar"), weights.get("unit_x0"))
+    >>> batch[0].shape
+    torch.Size([4, 3, 32, 32])
+    """
     n, m = len(forget[1]), len(retain[1])
     def w(snr): return torch.cat([w_f(snr[:n]) * ((n + m) / n), w_r(snr[n:]) * ((n + m) / m)])
     return tuple(map(torch.cat, zip(forget, retain, strict=True))), w
@@ -79,13 +93,21 @@ def joint(problem):
 
 # %% ../nbs/workshop/bench.ipynb #bsummed1
 def summed_step(problem, opt):
-    "The step with the two losses summed: one pass, one gradient, no surgery."
+    """The step with the two losses summed: one pass, one gradient, no surgery.
+
+    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> summed_step(mine, opt), mine.parametrization.restore()
+    (None, None)
+    """
     batch, w = joint(problem)
     whole = replace(problem, cfg=replace(problem.cfg, micro_batch=len(batch[1])))
     move(problem.parametrization, opt, whole.gradient(batch, w)[1], 1, problem.cfg)
 
 def bare_step(problem):
-    "Forward and backward of the same batch, and nothing else."
+    """Forward and backward of the same batch, and nothing else.
+
+    >>> bare_step(problem)
+    """
     (x_t, t, _, *cond), _ = joint(problem)
     with autocast(problem.denoiser, problem.cfg): loss = problem.denoiser(x_t, t, *cond).square().mean()
     autograd.grad(loss, problem.parametrization.weights)
@@ -94,7 +116,12 @@ def bare_step(problem):
 def race(runs, rounds=5, device=torch.device("cpu")):
     """Seconds of each of the runs {name: function}, taken in turn, as {name: [rounds]}.
 
-    One round before, in which caches fill, does not count."""
+    One round before, in which caches fill, does not count.
+
+    >>> times = race({"a": lambda: sum(range(9)), "b": lambda: None}, rounds=3)
+    >>> len(times["a"])
+    3
+    """
     def wait(): return torch.cuda.synchronize(device) if device.type == "cuda" else None
     times = {name: [] for name in runs}
     for _ in range(rounds + 1):
@@ -107,7 +134,11 @@ def race(runs, rounds=5, device=torch.device("cpu")):
     return {name: row[1:] for name, row in times.items()}
 
 def ratio(times, a, b):
-    "Median over the rounds of time a / time b."
+    """Median over the rounds of time a / time b.
+
+    >>> ratio({"a": [2., 4., 9.], "b": [1., 1., 3.]}, "a", "b")
+    3.0
+    """
     return median(x / y for x, y in zip(times[a], times[b], strict=True))
 
 # %% ../nbs/workshop/bench.ipynb #8edddac8
@@ -124,13 +155,19 @@ def product(device, dtype):
 class Memory(TorchDispatchMode):
     """Bytes of the tensors that were made inside and live (`now`), and the most there were at one time (`peak`).
 
-    What is there before does not count."""
+    What is there before does not count.
+
+    >>> with Memory() as memory: kept = torch.ones(1000)
+    >>> memory.now
+    4000
+    """
 
     def __init__(self):
         super().__init__()
         self.now, self.peak, self.live = 0, 0, {}
 
     def born(self, storage, size):
+        "Count a storage of so many bytes, until it dies."
         key = storage._cdata
         if key in self.live: return
         def dies(_):
@@ -148,8 +185,13 @@ class Memory(TorchDispatchMode):
             if isinstance(x, torch.Tensor): self.born(x.untyped_storage(), x.untyped_storage().nbytes())
         return out
 
+# %% ../nbs/workshop/bench.ipynb #bbd2a041
 def peak_memory(f, device=torch.device("cpu")):
-    "Most bytes that f() holds at one time, in tensors of its own making."
+    """Most bytes that f() holds at one time, in tensors of its own making.
+
+    >>> peak_memory(lambda: torch.ones(1000) + torch.ones(1000))
+    12000
+    """
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
@@ -270,7 +312,11 @@ def measure_costs(problem, opt, requests, rounds=5):
 def measure_sampling(denoiser, cfg, n=4, steps=10, rounds=5, prompt=None):
     """Seconds for a picture of `steps` steps, n at a time; without words also over those of diffusers' `DDIMPipeline`.
 
-    prompt: of a model with words."""
+    prompt: of a model with words.
+
+    >>> sorted(measure_sampling(model, cfg, n=1, steps=1, rounds=1))
+    ['over_diffusers', 'seconds_per_image', 'steps']
+    """
     def ours():
         with autocast(denoiser, cfg): denoiser.decode(denoiser.sample(range(n), steps, prompt=prompt))
     runs = {"ours": ours}
@@ -308,7 +354,12 @@ def judged(found, device):
 def subject(model=None):
     """The denoiser and the settings that are timed for the name of a model.
 
-    None: 'faces'; on CUDA 'ddpm-celebahq-256', a net of that plan with random weights."""
+    None: 'faces'; on CUDA 'ddpm-celebahq-256', a net of that plan with random weights.
+
+    >>> denoiser, settings = subject("faces")
+    >>> denoiser.name, settings.steps
+    ('faces', 50)
+    """
     cuda = torch.cuda.is_available()
     if (model or (CELEBAHQ if cuda else "faces")) == CELEBAHQ:
         net = random_net(UNet2DModel, PLAN).to("cuda" if cuda else "cpu")

@@ -115,7 +115,11 @@ def place(part, out):
 def two_folders(out, private=True):
     """(the folder to be given away, the one to be kept) of --out; private: is there such a one?
 
-    ValueError if a run could not write them when it is done."""
+    ValueError if a run could not write them when it is done.
+
+    >>> [folder.name for folder in two_folders("seven")]
+    ['seven', 'seven-private']
+    """
     from unlearn_nb.hotfix import private_folder
     out = Path(out)
     if out.name in ("", ".."): out = out.resolve()
@@ -125,12 +129,18 @@ def two_folders(out, private=True):
     parent_of("--out", out)
     return out, kept
 
+# %% ../nbs/workshop/cli.ipynb #59bc3c53
 @contextmanager
 def new_folders(out, private=True):
     """A hidden folder with its `private_folder`; they become `out-private` and then `out` if all goes well.
 
     If not, they are removed: nothing half-written is ever left. What a killed run left is removed first, and named.
-    private: without it there is the one folder alone."""
+    private: without it there is the one folder alone.
+
+    >>> with new_folders("seven") as folder: text = (folder / "card.json").write_text("{}")
+    >>> sorted(file.name for file in Path().glob("seven*"))
+    ['seven', 'seven-private']
+    """
     from unlearn_nb.hotfix import private_folder
     folders = two_folders(out, private)[:1 + private]
     part = folders[0].with_name(f".{folders[0].name}.part")
@@ -150,7 +160,11 @@ def new_folders(out, private=True):
 
 # %% ../nbs/workshop/cli.ipynb #21b2ee73
 def parse_seeds(text, option="--seeds"):
-    "'0:16' or '3,5,8' -> list of seeds. ValueError for anything else, with the option named."
+    """'0:16' or '3,5,8' -> list of seeds. ValueError for anything else, with the option named.
+
+    >>> parse_seeds("0:4"), parse_seeds("3,5,8")
+    ([0, 1, 2, 3], [3, 5, 8])
+    """
     try:
         if ":" in text:
             a, b = map(int, text.split(":"))
@@ -992,7 +1006,11 @@ def sentence(e):
 
 # %% ../nbs/workshop/cli.ipynb #b14018d2
 def main(args=None):
-    "The command: bad input is one sentence on stderr and exit code 2."
+    """The command: bad input is one sentence on stderr and exit code 2.
+
+    >>> main(["sample", "--model", "faces", "--seeds", "0:2", "--steps", "1", "--out", "two.png"])
+    written to two.png: 2 pictures
+    """
     try: return cli(args, prog_name="unlearn_nb", standalone_mode=False)
     except (click.Abort, click.ClickException, ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as e:
         if isinstance(e, RuntimeError) and not (isinstance(e, click.Abort) or short_of_memory(e)): raise

@@ -13,7 +13,11 @@ import torch
 # %% ../nbs/05_copies.ipynb #c0p1es02
 @dataclass(frozen=True)
 class Bars:
-    "Above both a picture is a copy; `copy_bars` measures them."
+    """Above both a picture is a copy; `copy_bars` measures them.
+
+    >>> Bars(psnr=25., similarity=.6).psnr   # dB
+    25.0
+    """
     psnr: float         # dB
     similarity: float   # cosine of the descriptors; 1 where there is no descriptor
 
@@ -40,7 +44,11 @@ def copy_bars(x, others=None, describe=None, x_f=None):
     others [M, C, H, W]: pictures that the model never made, each with the nearest of x (None: the
     pictures x themselves, each with the nearest other one, without the third that is nearest to
     x_f [1, C, H, W], among which its copies are). describe: as in module `metrics`; None: by pixels
-    alone."""
+    alone.
+
+    >>> copy_bars(x).psnr >= LEAST[0]
+    True
+    """
     if others is None and x_f is not None: x = x[nearness(x, x_f)[0][:, 0].argsort()[:-(-2 * len(x) // 3)]]
     near = nearness(x if others is None else others, x, describe)
     if others is None: near = [v.masked_fill(torch.eye(len(x), dtype=bool), -torch.inf) for v in near]
@@ -48,25 +56,42 @@ def copy_bars(x, others=None, describe=None, x_f=None):
     return Bars(max(psnr, LEAST[0]), max(alike, LEAST[1]))
 
 def is_copy(x, x_f, bars, describe=None):
-    "Which of the pictures x [N, C, H, W] are copies of the picture x_f [1, C, H, W], above both bars: [N]."
+    """Which of the pictures x [N, C, H, W] are copies of the picture x_f [1, C, H, W], above both bars: [N].
+
+    >>> is_copy(x, x[:1], Bars(25., 1.))
+    tensor([ True, False, False, False])
+    """
     psnr, alike = nearness(x, x_f, describe)
     return ((psnr > bars.psnr) & (alike >= bars.similarity))[:, 0]
 
 def is_kin(x, x_f, bars, describe=None):
-    "Which of the pictures x [N, C, H, W] are above one of the bars, too near to x_f to be kept: [N]."
+    """Which of the pictures x [N, C, H, W] are above one of the bars, too near to x_f to be kept: [N].
+
+    >>> is_kin(x, x[:1], Bars(25., 1.))
+    tensor([ True, False, False, False])
+    """
     psnr, alike = nearness(x, x_f, describe)
     return ((psnr > bars.psnr) | (alike > bars.similarity + 1e-4))[:, 0]   # beyond rounding
 
 # %% ../nbs/05_copies.ipynb #fee08fe8
 def nearest(x0, x_f, k):
-    "Indices [k] of the pictures x0 [N, C, H, W] nearest to x_f [1, C, H, W] in pixels, in order."
+    """Indices [k] of the pictures x0 [N, C, H, W] nearest to x_f [1, C, H, W] in pixels, in order.
+
+    >>> nearest(x, x[2:3], 1)
+    tensor([2])
+    """
     return (x0 - x_f).square().flatten(1).mean(1).argsort()[:k]
 
 # %% ../nbs/05_copies.ipynb #609bd8a8
 def strangers(x, describe, x_f=None):
     """The similarity that one pair in twenty of pictures x [N, C, H, W] exceeds.
 
-    x_f [R, C, H, W]: beside pairs of x those of x with these count, too."""
+    x_f [R, C, H, W]: beside pairs of x those of x with these count, too.
+
+    >>> from unlearn_nb.metrics import describe
+    >>> -1 < strangers(x, describe) < 1
+    True
+    """
     d = describe(x)
     pairs = (d @ d.T)[tuple(torch.triu_indices(len(d), len(d), 1))]
     if x_f is not None: pairs = torch.cat([(describe(x_f) @ d.T).flatten(), pairs])
@@ -74,7 +99,10 @@ def strangers(x, describe, x_f=None):
 
 # %% ../nbs/05_copies.ipynb #8f71760e
 def check_descriptor(describe, x):
-    "ValueError unless describe makes unit vectors [B, D] of pictures x [B, 3, H, W] in [-1, 1]; None is none."
+    """ValueError unless describe makes unit vectors [B, D] of pictures x [B, 3, H, W] in [-1, 1]; None is none.
+
+    >>> check_descriptor(None, x)
+    """
     if describe is None: return
     if not callable(describe):
         raise ValueError(f"the descriptor is {str(describe)[:60]!r}; give a function: pictures [B, 3, H, W] -> [B, D]")

@@ -73,7 +73,10 @@ def esd(problem, part="words", eta=1.):
     """ESD (arXiv 2303.07345): the answer to the prompt goes where negative guidance would put it.
 
     part: "words" is ESD-x, "rest" ESD-u; or "all".
-    ValueError for a model without words or without guidance."""
+    ValueError for a model without words or without guidance.
+
+    >>> g, seen = esd(worded)(0, torch.Generator().manual_seed(0))
+    """
     cfg, prompts = problem.cfg, asked(problem)
     states = erased_states(problem.denoiser, prompts, cfg.retain_images, cfg.sampling_steps, eta)
     moving, w = chosen(problem, part), AS_TRAINED[problem.denoiser.prediction]
@@ -87,7 +90,11 @@ def concept_ablation(problem, anchor=None, part="all", keep=1.):
     """Concept Ablation, model-based (arXiv 2303.13516): the prompt is answered as the anchor is.
 
     At noised pictures of the anchor; plus `keep` times ordinary training on those.
-    ValueError without an anchor, or for a model without words."""
+    ValueError without an anchor, or for a model without words.
+
+    >>> step_gradient = concept_ablation(worded, anchor="polish flag")
+    >>> g, seen = step_gradient(0, torch.Generator().manual_seed(0))
+    """
     asked(problem)
     if not isinstance(anchor, str):
         raise ValueError("Concept Ablation needs an anchor, the prompt whose pictures shall come "
@@ -136,7 +143,12 @@ def uce(denoiser, old, new, keep=("",), lam=.5):
     old, new: a prompt each, or as many of the one as of the other; the prompts `keep` stay.
     Edited are the layers that see words alone: of a UNet the keys and values of cross-attention,
     of SD3 `context_embedder` and the first layer of the pooled words.
-    ValueError for what does not fit."""
+    ValueError for what does not fit.
+
+    >>> fix = uce(flags, "irish flag", "polish flag")
+    >>> sorted(fix.delta)
+    ['context_embedder.weight', 'time_text_embed.text_embedder.linear_1.weight']
+    """
     start = time.monotonic()
     old, new, keep = ([v] if isinstance(v, str) else list(v) for v in (old, new, keep))
     if len(old) != len(new) or not old:

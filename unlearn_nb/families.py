@@ -18,14 +18,22 @@ from .words import TextDenoiser
 
 # %% ../nbs/workshop/families.ipynb #880d2c2e
 def classes_of(net):
-    "How many classes a net can be asked for; 0 if it wants none."
+    """How many classes a net can be asked for; 0 if it wants none.
+
+    >>> classes_of(model.net)
+    0
+    """
     return net.config.get("num_class_embeds") or net.config.get("num_embeds_ada_norm") or 0
 
 def class_encoder(n, none=None):
     """A function from classes, as texts "0" ... "n - 1", to what the net is told: {"class_labels": [B]}.
 
     none: the number that means no class, asked for as "", where there is one.
-    The function raises ValueError, one sentence, for a class that does not exist."""
+    The function raises ValueError, one sentence, for a class that does not exist.
+
+    >>> class_encoder(10)(["7", "3"])
+    {'class_labels': tensor([7, 3])}
+    """
     known = {str(k): k for k in range(n)} | ({} if none is None else {"": none})
     def text(prompts):
         if bad := [p for p in prompts if p not in known]:
@@ -34,14 +42,36 @@ def class_encoder(n, none=None):
     return text
 
 # %% ../nbs/workshop/families.ipynb #cb7a6f47
-def in_turn(both): return both[::2], both[1::2]
-def in_halves(both): return both[:len(both) // 2], both[len(both) // 2:]
-def words_alone(both): return both[:2], (None, None)
+def in_turn(both):
+    """(of the words, of no words) of what SD 1 to 3 give: words first, then none, and so on.
+
+    >>> in_turn(["words", "none", "pooled", "none"])
+    (['words', 'pooled'], ['none', 'none'])
+    """
+    return both[::2], both[1::2]
+def in_halves(both):
+    """(of the words, of no words) where all that the words gave comes first.
+
+    >>> in_halves(["words", "mask", "none", "its mask"])
+    (['words', 'mask'], ['none', 'its mask'])
+    """
+    return both[:len(both) // 2], both[len(both) // 2:]
+def words_alone(both):
+    """(of the words, nothing) of a model that is told its guidance.
+
+    >>> words_alone(["words", "pooled", "ids"])
+    (['words', 'pooled'], (None, None))
+    """
+    return both[:2], (None, None)
 
 # %% ../nbs/workshop/families.ipynb #bf0e24c6
 @dataclass(frozen=True)
 class Pipeline:
-    "What is known of a class of pipelines."
+    """What is known of a class of pipelines.
+
+    >>> PIPELINES["StableDiffusionPipeline"].guidance
+    7.5
+    """
     net: str = "transformer"     # the subfolder of its net
     guidance: float = 1.         # the default of diffusers
     embeds: tuple = ()           # what the net calls that which `encode_prompt` gives
@@ -66,7 +96,11 @@ def prompt_encoder(pipe, empty=None):
     """A function from prompts to tensors, a row for each, as the pipeline's own `encode_prompt` makes them.
 
     "" is what the pipeline steers away from when nothing else is asked (SDXL: zeros). empty: of a Stable Diffusion 3
-    without T5, how many zeros stand in the place of its tokens (None: as many as diffusers puts there)."""
+    without T5, how many zeros stand in the place of its tokens (None: as many as diffusers puts there).
+
+    >>> flags.text(["irish flag", ""]).keys()   # made by it, of the pipeline of the built-in flags
+    dict_keys(['encoder_hidden_states', 'pooled_projections'])
+    """
     known, takes = PIPELINES[type(pipe).__name__], signature(pipe.encode_prompt).parameters
     more = dict.fromkeys({"prompt_2", "prompt_3"} & takes.keys())
     if empty is not None: more["max_sequence_length"] = empty
@@ -86,7 +120,11 @@ def prompt_encoder(pipe, empty=None):
 class FluxDenoiser(TextDenoiser):
     """A `TextDenoiser` with the net of Flux (Black Forest Labs 2024), dev or schnell.
 
-    distilled: the guidance that the net is told, where it learned to be told one (the default of diffusers)."""
+    distilled: the guidance that the net is told, where it learned to be told one (the default of diffusers).
+
+    >>> FluxDenoiser.nets, FluxDenoiser.distilled
+    (('FluxTransformer2DModel',), 3.5)
+    """
 
     nets = ("FluxTransformer2DModel",)
     packed, distilled = 2, 3.5

@@ -58,9 +58,9 @@ class Full:
 def halves(basis, rank):
     """Of the `Basis` of a weight, those of the factors B [O, r] and A [r, C, ...] of its change.
 
-    >>> B, A = halves(eigenbases(layer_factors(model, retain, n=4))["conv_in.weight"], rank=2)
-    >>> B.reach.shape[2], A.reach.shape[0]
-    (2, 2)
+    >>> basis = Basis(torch.eye(8), torch.eye(9), torch.eye(3), torch.ones(8, 9, 3))
+    >>> [half.reach.shape for half in halves(basis, rank=2)]
+    [torch.Size([8, 1, 2]), torch.Size([2, 9, 3])]
     """
     one, eye = torch.eye(1).to(basis.G), torch.eye(rank).to(basis.G)
     g, p = (v / basis.reach[0, 0, 0].sqrt() for v in (basis.reach[:, :1, :1], basis.reach[:1]))   # reach = g p
@@ -122,7 +122,7 @@ def parametrize(denoiser, retain, w, *, damping=.01, rank=0, seed=0):
 
     With damping above 0 along the free directions of retain. w(snr): the weight of the retain loss.
 
-    >>> form = parametrize(model, retain, lambda snr: snr)
+    >>> form = parametrize(model, retain, lambda snr: snr, damping=0)
     >>> type(form).__name__, form.restore()
     ('Full', None)
     """

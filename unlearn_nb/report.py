@@ -42,7 +42,11 @@ def rebuilt(denoiser, x, t, noises=range(4), steps=BACK, prompts=None):
     """Pictures x [N, C, H, W] noised to t (of T = 1000) and denoised again: [N, n, C, H, W].
 
     With each of n noises, 64 at a time; each is what `Denoiser.reconstruct` gives.
-    prompts: of a model with words, one for each picture."""
+    prompts: of a model with words, one for each picture.
+
+    >>> rebuilt(model, x, 300, noises=range(2)).shape
+    torch.Size([4, 2, 3, 32, 32])
+    """
     t, n, parts, batch = denoiser.of_thousand(t), len(noises), [], max_batch(denoiser, 64)
     eps = randn(generators(noises), denoiser.shape, denoiser.device).repeat(len(x), 1, 1, 1)
     x0 = x.to(denoiser.device).repeat_interleave(n, 0)
@@ -60,7 +64,12 @@ def band(controls):
     """Where 95 % of further controls lie, of similarities [..., m]: (q025, median, q975), each [...].
 
     A prediction interval of Student's t, on the scale of the inverse hyperbolic tangent, on which
-    cosines are nearer to a normal (Fisher 1915). ValueError for fewer than two."""
+    cosines are nearer to a normal (Fisher 1915). ValueError for fewer than two.
+
+    >>> low, middle, high = band(torch.linspace(.1, .3, 19))
+    >>> low < middle < high
+    tensor(True)
+    """
     m = controls.shape[-1]
     middle, half = interval(controls.double().clamp(-.999, .999).atanh())
     half = half * (m + 1) ** .5                   # of one more draw, not of the mean
@@ -102,7 +111,12 @@ def outputs(denoiser, requests, controls=None, panel=PANEL, fresh=FRESH, levels=
     "errors": log denoising errors [5, R + m]; "seed": pictures of the requests' own seeds, "panel",
     "fresh": of other seeds, the last in few steps; "controls": as they came; None: not asked for}.
     prompts: of a model with words, those of the panel, the next one for each seed (default: the
-    requests'); controls and fresh seeds have the requests'."""
+    requests'); controls and fresh seeds have the requests'.
+
+    >>> out = outputs(model, [request], **few)
+    >>> out["panel"].shape, out["reconstruction"][300].shape
+    (torch.Size([4, 3, 32, 32]), torch.Size([4, 3, 32, 32]))
+    """
     words = [r.prompt for r in requests] if denoiser.prompts else None
     each = words and list(dict.fromkeys(words))   # in turn
     x, quick = denoiser.encode([r.image for r in requests]), min(steps, QUICK)
@@ -220,7 +234,11 @@ def preserved(denoiser, x_f, before, after, describe=describe, near=16):
 def recalled(denoiser, earlier, steps=25, describe=describe):
     """How similar what the model gives for each earlier request is to the image that was forgotten.
 
-    It gives the picture of the request's seed, or else the reconstruction from t = 250."""
+    It gives the picture of the request's seed, or else the reconstruction from t = 250.
+
+    >>> [round(v, 2) for v in recalled(model, [request])]   # nothing was forgotten yet
+    [1.0]
+    """
     def given(r, x):
         if r.seed is not None: return denoiser.sample([r.seed], r.steps or steps, prompt=r.prompt)
         return denoiser.reconstruct(x, denoiser.of_thousand(250), [0], steps, prompt=r.prompt)
@@ -319,7 +337,11 @@ RULES = {   # name: (the question, a function report -> (does it hold? None: not
 
 # %% ../nbs/12_report.ipynb #15re0024
 def verdicts(report):
-    "What was looked at: a list of {name, said, verdict}; verdict: holds, fails, or not looked at."
+    """What was looked at: a list of {name, said, verdict}; verdict: holds, fails, or not looked at.
+
+    >>> [v["verdict"] for v in verdicts(report)][-2:]
+    ['holds', 'not looked at']
+    """
     seen = {name: rule(report) for name, (_, rule) in RULES.items()}
     words = {None: "not looked at", True: "holds", False: "fails"}
     return [{"name": name, "said": said, "verdict": words[good]} for name, (good, said) in seen.items()]
@@ -455,7 +477,11 @@ def put_together(card, found):
 
 # %% ../nbs/12_report.ipynb #bc2ebdbd
 def table(report):
-    "What was looked at, as a `Table`: verdict, what it is about, what was seen."
+    """What was looked at, as a `Table`: verdict, what it is about, what was seen.
+
+    >>> table(report).head
+    ['verdict', 'looked at', 'seen']
+    """
     rows = [[v["verdict"], v["name"], v["said"]] for v in report["verdicts"]]
     notes = [report["said"], f"Similarities are those of the {report['descriptor']['name']}"
              + (f" ({report['descriptor']['note']})" if report["descriptor"]["note"] else "")
@@ -470,7 +496,11 @@ HEAD = ["rebuilt", "before", "after", "+-", "controls now", "percentile", "verdi
 
 # %% ../nbs/12_report.ipynb #15re0018
 def evidence(report):
-    "The similarities behind the verdicts as a `Table`, of a report that is not the public part."
+    """The similarities behind the verdicts as a `Table`, of a report that is not the public part.
+
+    >>> evidence(report).head[:3]
+    ['rebuilt', 'before', 'after']
+    """
     def cells(name, r, beside):
         width = r["width"] if r["width"] is not None and r["width"] < .5 else None   # wider says nothing of a cosine
         F = None if r["F"] is None else f"{r['F']:.2f}" + " (overshoot)" * r["overshoot"]
@@ -497,7 +527,11 @@ def put(denoiser, ax, x, colour, title=""):
 def figure(denoiser, requests, before, after, others=12):
     """The first request in one PIL image: what was asked, reconstructions and other seeds, before and after.
 
-    Frames: the forget image red, the surrogate yellow, the base model's pictures grey, the edited one's blue."""
+    Frames: the forget image red, the surrogate yellow, the base model's pictures grey, the edited one's blue.
+
+    >>> figure(model, [request], before, after, others=4).width
+    1000
+    """
     from matplotlib.figure import Figure   # takes most of a second to import
 
     r, when = requests[0], (("before", before, BASE), ("after", after, EDITED))
@@ -527,7 +561,11 @@ def public(report):
     numbers that whoever has the hotfix can find as well.
 
     Nothing that was computed from the forget image or its words but verdicts and the count of fresh
-    seeds that still give it: with more, one could try out whose picture it was."""
+    seeds that still give it: with more, one could try out whose picture it was.
+
+    >>> "forget" in report, "forget" in public(report)
+    (True, False)
+    """
     n, panel, told = report["regeneration"], report["preserve"]["any seeds"], {}
     known = not panel["own_words"]         # else the panel depends on the words of the request
     kept = {"any seeds": {k: panel[k] for k in ("seeds", "all")}} if known else {}
@@ -555,7 +593,11 @@ def pictures(denoiser, requests, before, after, private=True, most=12):
     frame, words). before, after: `outputs` that `evaluate` gave.
 
     private: those of the requests, too. Without, the panel alone, and nothing where a copy of the
-    forget image is in it."""
+    forget image is in it.
+
+    >>> for title, stacks in pictures(model, [request], before, after, private=False): print(title, len(stacks))
+    Other seeds, which must stay (above: before, below: after) 4
+    """
     def shown(x, colour, words): return denoiser.decode(x[None])[0], colour, words
     def pairs(a, b, colour=BASE, name=""):
         return [[shown(x, colour, f"before{name}"), shown(y, EDITED, f"after{name}")] for x, y in zip(a, b)]
@@ -646,7 +688,11 @@ def html(report, pictures=()):
     """The report as one HTML page that needs no other file, for a screen of any width, or paper.
 
     report: whole, or its `public` part. pictures: as `pictures` gives them, and figures of one's own
-    (title, [[(PIL image, None, words)]])."""
+    (title, [[(PIL image, None, words)]]).
+
+    >>> html(report)[:15]
+    '<!DOCTYPE html>'
+    """
     def item(v):
         return (f'<li class="{v["verdict"].replace(" ", "-")}"><b>{escape(v["name"])}: <i>{v["verdict"]}</i></b><br>'
                 f'{escape(v["said"])}</li>')
@@ -670,7 +716,13 @@ def html(report, pictures=()):
 def save_report(folder, report, pictures=(), figure=None):
     """Write `report.json`, `report.html` and, if there is a figure, `before_after.png`.
 
-    For the public folder: `public(report)`, and pictures without those of the request."""
+    For the public folder: `public(report)`, and pictures without those of the request.
+
+    >>> Path("page").mkdir()
+    >>> save_report("page", public(report))
+    >>> sorted(file.name for file in Path("page").iterdir())
+    ['report.html', 'report.json']
+    """
     folder = Path(folder)
     if figure is not None: write(folder / "before_after.png", png_bytes(figure))
     write(folder / "report.json", json.dumps(report, indent=1, allow_nan=False).encode())

@@ -40,7 +40,11 @@ from .zoo import BUILTIN, PLANTED, companions, descriptor, load
 
 # %% ../nbs/workshop/studio.ipynb #8b6ad0b5
 def sized(picture, side):
-    "A PIL picture whose longer side has `side` pixels or few less: each one some pixels wide, or made smaller."
+    """A PIL picture whose longer side has `side` pixels or few less: each one some pixels wide, or made smaller.
+
+    >>> sized(image, 100).size
+    (96, 96)
+    """
     zoom, small = side // max(picture.size), picture.copy()
     small.thumbnail((side, side))   # does nothing to one that is smaller
     wide, high = (v * max(1, zoom) for v in small.size)
@@ -48,7 +52,11 @@ def sized(picture, side):
 
 # %% ../nbs/workshop/studio.ipynb #c69a630f
 class Upload(BytesIO):
-    "An uploaded file that says its name."
+    """An uploaded file that says its name.
+
+    >>> Upload(({"name": "a.png", "content": png_bytes(image)},))
+    a.png
+    """
     def __init__(self, value):
         "value: of a `FileUpload`, of ipywidgets 7 (a dict) or 8 (a tuple). ValueError if nothing was uploaded."
         if not value: raise ValueError("no file was uploaded yet; choose a PNG, JPEG or WebP file")
@@ -61,7 +69,11 @@ class Upload(BytesIO):
 def fit(picture, size):
     """A picture brought to size (width, height), and what was done to it in words ("" if nothing was).
 
-    What is too long is cut off evenly at both ends; the rest is made smaller or larger."""
+    What is too long is cut off evenly at both ends; the rest is made smaller or larger.
+
+    >>> print(fit(image.resize((64, 40)), (32, 32))[1])
+    it has 64 x 40 pixels, and this model makes 32 x 32: its middle of 40 x 40 was cut out, and it was made smaller
+    """
     if picture.size == size: return picture, ""
     share = min(a / b for a, b in zip(picture.size, size))
     cut = tuple(round(v * share) for v in size)
@@ -74,7 +86,11 @@ def fit(picture, size):
 def mask_from_cells(cells, size, feather=.03):
     """A mask (L, 255: may change) of a board of cells, rows of True and False; size and feather as for `ellipse`.
 
-    ValueError if no cell is on."""
+    ValueError if no cell is on.
+
+    >>> mask_from_cells([[False, True], [False, True]], (32, 32), feather=0).getbbox()
+    (16, 0, 32, 32)
+    """
     if not any(map(any, cells)):
         raise ValueError("no cell is on, so nothing may change; click those that cover what has to go")
     board = Image.new("L", (len(cells[0]), len(cells)))
@@ -82,7 +98,11 @@ def mask_from_cells(cells, size, feather=.03):
     return soften(board.resize(canvas(size).size, Image.Resampling.NEAREST), feather)
 
 def shade(picture, mask):
-    "The picture, yellow where the mask is white."
+    """The picture, yellow where the mask is white.
+
+    >>> shade(image, ellipse(32)).size
+    (32, 32)
+    """
     yellow = Image.blend(picture.convert("RGB"), Image.new("RGB", picture.size, SURROGATE), .65)
     return Image.composite(yellow, picture.convert("RGB"), mask)
 
@@ -103,7 +123,11 @@ def taught(cfg, denoiser):
 
 # %% ../nbs/workshop/studio.ipynb #1806da53
 def curve(denoiser, weight, low, high):
-    "w(snr) over the noise levels: the chosen weight dark blue, the others grey, the levels low to high red."
+    """w(snr) over the noise levels: the chosen weight dark blue, the others grey, the levels low to high red.
+
+    >>> curve(model, "abar", 300, 999).size
+    (384, 192)
+    """
     t = torch.arange(denoiser.T)
     (ax,), done = sheet(4.8)
     for w in WEIGHTS.values(): ax.plot(t, w(denoiser.snr(t)).cpu(), color=BASE, lw=1)
@@ -115,7 +139,11 @@ def curve(denoiser, weight, low, high):
 
 # %% ../nbs/workshop/studio.ipynb #7fa83cf5
 def live(log, steps):
-    "What `unlearn` logged so far of a run of so many steps: losses at the left, the gradients' cosine at the right."
+    """What `unlearn` logged so far of a run of so many steps: losses at the left, the gradients' cosine at the right.
+
+    >>> live(fix.receipt.log, steps=2).size
+    (480, 192)
+    """
     (left, right), done = sheet(6, 2)
     n = range(1, len(log) + 1)
     for name, colour in (("forget", FORGET), ("retain", RETAIN)):
@@ -132,7 +160,13 @@ def live(log, steps):
 
 # %% ../nbs/workshop/studio.ipynb #1f4ac436
 def swipe(before, after, at):
-    "One picture: `before` left of the seam, `after` right of it; at from 0 (all after) to 1 (all before)."
+    """One picture: `before` left of the seam, `after` right of it; at from 0 (all after) to 1 (all before).
+
+    ValueError for two sizes.
+
+    >>> swipe(image, surrogate, 1.) == image
+    True
+    """
     if before.size != after.size:
         raise ValueError(f"before is {before.width} x {before.height} pixels, after {after.width} x {after.height}; "
                          "they must be of one size")
@@ -143,7 +177,14 @@ def swipe(before, after, at):
 
 # %% ../nbs/workshop/studio.ipynb #studi006
 class Clock:
-    "How far a part of the work is, and how long it still takes at the rate measured so far."
+    """How far a part of the work is, and how long it still takes at the rate measured so far.
+
+    >>> clock = Clock()
+    >>> clock.begin("pictures", total=4)
+    >>> clock.count(3)
+    >>> clock.share
+    0.75
+    """
 
     def __init__(self): self.begin("")
 
@@ -151,10 +192,14 @@ class Clock:
         "A part of `total` units: pictures through the net, which `Worker` counts (passes), or others."
         self.name, self.total, self.passes, self.done, self.start = name, total, passes, 0, time.monotonic()
 
-    def count(self, n=1): self.done += n
+    def count(self, n=1):
+        "n more units are done."
+        self.done += n
 
     @property
-    def share(self): return min(1., self.done / self.total) if self.total else 0.
+    def share(self):
+        "How much is done, 0 ... 1."
+        return min(1., self.done / self.total) if self.total else 0.
 
     @property
     def left(self):
@@ -186,7 +231,13 @@ EDITS = {"best of eight": best_of_eight, "inpaint": inpainted, "neighbour": neig
 
 # %% ../nbs/workshop/studio.ipynb #17ca9b9c
 class Studio:
-    "What is worked on: model, picture to forget, mask, surrogate, settings, hotfix. Each button is a method."
+    """What is worked on: model, picture to forget, mask, surrogate, settings, hotfix. Each button is a method.
+    >>> s = Studio(model, seed=7, many=2, cfg=replace(cfg, damping=0))
+    >>> s.gallery(), s.choose(7), s.edit("inpaint"), s.run(), s.compare()
+    (None, None, None, None, None)
+    >>> s.apply(), s.remove(), s.hotfix.card["cost"]["steps"]
+    (None, None, 2)
+    """
 
     def __init__(self, model="faces", seed=0, cfg=None, prompt=None, many=8):
         """model: a `Denoiser`, or a name for `load`. seed: the first of `many` pictures. prompt: of a model with words.
@@ -199,33 +250,41 @@ class Studio:
         self.no_picture()
 
     def no_picture(self):
+        "Let go of the picture, and of all that came after it."
         self.seed = self.image = self.surrogate = self.found = self.retain = None
         self.no_hotfix()
 
     def no_hotfix(self):
+        "Let go of the hotfix, and of all that was seen of it."
         self.hotfix = self.evidence = self.seen = self.attacks = self.link = None
         self.log, self.frames, self.before, self.after, self.now, self.compared = [], [], [], [], [], []
         self.saved = False
 
     @property
-    def applied(self): return self.hotfix is not None and self.hotfix in self.model.hotfixes
+    def applied(self):
+        "Is the hotfix on the model?"
+        return self.hotfix is not None and self.hotfix in self.model.hotfixes
 
-    def needs(self, *names, off=True):
-        "ValueError if something is missing, or (off) if the hotfix is on the model."
-        for name in names:
-            if getattr(self, name) is None: raise ValueError(NEEDS[name])
-        if off and self.applied: raise ValueError("the hotfix is on the model; remove it first (5 result)")
-
-    def unsaved(self, surrogate=True):
-        "What would be lost, in words, if one began anew; None if that is nothing."
-        if self.applied: return None   # what begins anew is refused then
-        if self.hotfix and not self.saved: return "the hotfix, which is not saved"
-        return "the surrogate" if surrogate and self.surrogate else None
 
 # %% ../nbs/workshop/studio.ipynb #studi008
 NEEDS = {"image": "no picture is chosen yet; choose or upload the one to forget (2 picture)",
          "surrogate": "there is no surrogate yet; make one first (3 surrogate)",
          "hotfix": "there is no hotfix yet; run first (4 run)"}
+
+# %% ../nbs/workshop/studio.ipynb #43fab86b
+@patch
+def needs(self: Studio, *names, off=True):
+    "ValueError if something is missing, or (off) if the hotfix is on the model."
+    for name in names:
+        if getattr(self, name) is None: raise ValueError(NEEDS[name])
+    if off and self.applied: raise ValueError("the hotfix is on the model; remove it first (5 result)")
+
+@patch
+def unsaved(self: Studio, surrogate=True):
+    "What would be lost, in words, if one began anew; None if that is nothing."
+    if self.applied: return None   # what begins anew is refused then
+    if self.hotfix and not self.saved: return "the hotfix, which is not saved"
+    return "the surrogate" if surrogate and self.surrogate else None
 
 # %% ../nbs/workshop/studio.ipynb #6630aa80
 @patch
@@ -533,34 +592,53 @@ def save(self: Studio, folder):
     return three[2]
 
 # %% ../nbs/workshop/studio.ipynb #86fd4cdf
-class Stopped(Exception): "Somebody pressed Stop."
+class Stopped(Exception):
+    """Somebody pressed Stop.
+
+    >>> sentence(Stopped())
+    'stopped; the model is as it was'
+    """
 
 def sentence(e):
-    "What went wrong as a sentence for people, without a traceback."
+    """What went wrong as a sentence for people, without a traceback.
+
+    >>> sentence(ValueError("there is no request")), sentence(KeyError("a"))
+    ('there is no request', "this failed (KeyError: 'a'); the model is as it was")
+    """
     text = " ".join(str(e).split())
     if isinstance(e, Stopped): return "stopped; the model is as it was"
     if isinstance(e, (ValueError, FloatingPointError)): return text
     if isinstance(e, OSError): return os_sentence(e)
     return f"this failed ({type(e).__name__}: {text[:200]}); the model is as it was"
 
+# %% ../nbs/workshop/studio.ipynb #f4c4446c
 class Worker:
     """One job at a time in a thread of its own, so that the kernel stays free.
 
     net(): the net that a job begins with. tell(text) gets what a job returns, or the sentence of its error;
-    busy(bool) hears when it begins and ends; count(n) that so many pictures went through the net."""
+    busy(bool) hears when it begins and ends; count(n) that so many pictures went through the net.
+
+    >>> worker = Worker(lambda: model.net, tell=print)
+    >>> worker.start(lambda: "done"), worker.thread.join()
+    done
+    (None, None)
+    """
 
     def __init__(self, net, tell=print, busy=lambda on: None, count=lambda n: None):
         self.net, self.tell, self.busy, self.count, self.thread, self.hooks = net, tell, busy, count, None, []
         self.one, self.halt = threading.Lock(), threading.Event()
 
     def start(self, job):
+        "Do job() in a thread; if one is still running that is told instead."
         if not self.one.acquire(blocking=False): return self.tell("something is still running; wait, or press stop")
         self.halt.clear()
         self.thread = threading.Thread(target=self.work, args=(job,), daemon=True)
         self.busy(True)
         self.thread.start()
 
-    def stop(self): self.halt.set()
+    def stop(self):
+        "The job ends (`Stopped`) when its net is asked next."
+        self.halt.set()
 
     def hear(self, net):
         "Until the job ends, what passes through this net in its thread is counted, and can be stopped."
@@ -587,7 +665,11 @@ def work(self: Worker, job):
 class View(W.VBox):
     """The widget: a bar with Stop, a line with what is said, and a tab for each part of the work on `studio`.
 
-    `buttons` by their names; `text` is what was said last."""
+    `buttons` by their names; `text` is what was said last.
+    >>> view = View(Studio(model, seed=7, many=2, cfg=cfg))
+    >>> view.tabs.selected_index
+    1
+    """
 
     def __init__(self, studio):
         self.studio, self.text, self.beaten = studio, "", 0.
@@ -602,9 +684,11 @@ class View(W.VBox):
         self.build()
 
     def tell(self, text):
+        "Say a text in the line below the bar."
         self.text, self.said.value = text, text_of(f'<b role="status">{escape(text)}</b>')
 
     def busy(self, on):
+        "A job begins (on) or ends: what must not be pressed meanwhile is locked."
         self.studio.clock.begin("")
         for w in self.locked: w.disabled = on
         self.halt.disabled, self.bar.value = not on, 0
@@ -1075,7 +1159,12 @@ def studio(model=None, seed=0, cfg=None, prompt=None):
     """The widget, and pictures of the model in it.
 
     model: a `Denoiser` or a name for `load` (default: 'faces'). seed: the first of the gallery. cfg: settings to begin
-    with. prompt: of a model that wants words. ValueError as of `Studio`."""
+    with. prompt: of a model that wants words. ValueError as of `Studio`.
+
+    >>> view = studio(model, cfg=cfg)
+    >>> view.worker.stop(), view.worker.thread.join()
+    (None, None)
+    """
     view = View(Studio(model or "faces", seed, cfg, prompt))
     def begin():
         view.studio.gallery()
