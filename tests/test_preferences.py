@@ -265,7 +265,7 @@ def test_free_directions_and_small_pieces_change_no_start(method, damping, rank)
                     method=method).receipt.log for n in (1, 32)]
     for name in logs[0][0].keys() - {"lr"}:
         assert logs[0][0][name] == pytest.approx(logs[1][0][name], rel=1e-3), name
-    assert logs[0][0]["forget"] == pytest.approx(2 / 10 * log(2) if method is npo else log(2))
+    assert logs[0][0]["forget"] == pytest.approx(2 / 30 * log(2) if method is npo else log(2))
 
 
 def test_a_run_stopped_goes_on_bit_for_bit(tmp_path):

@@ -47,7 +47,7 @@ def npo_loss(problem, beta):
     return loss
 
 # %% ../nbs/18_preferences.ipynb #5aca689a
-def npo(problem, beta=10., c=1., paths=False):
+def npo(problem, beta=30., c=.3, paths=False):
     """NPO (arXiv 2404.05868) for one picture: a climb that fades as D = error - error of the base grows, times c.
 
     beta: per mean squared error of the noise; 0.01 is nearly `neggrad_retain`. A forget state also goes through the
