@@ -31,6 +31,7 @@ KEYS = {
     "seed": "to_forget_before to_forget_after width floor to_surrogate_after F overshoot highest verdict",
     "conspicuous": "t log_error z_before z verdict",
     "regeneration": "n before after surrogate_before surrogate_after chance bars seeds",
+    "density": "n before after surrogate_before surrogate_after chance bars most_before most noticed redrawn crowded",
     "any seeds": "n left_out psnr_median psnr_p5 cosine_median cosine_p5 all seeds own_words",
     "near neighbours": "n left_out psnr_median psnr_p5 cosine_median cosine_p5",
     "quality": "kid_before kid_after left_out",
@@ -123,10 +124,32 @@ def test_copies_are_counted():
     before[:12], after[:8], after[8:11] = x_f + .02 * x[:12], x_f + .02 * x[:8], x_s
     n = report.regeneration(x_f, x_s, before, after, Bars(20., .8), never(40)[2:], look)
     assert (n["before"], n["after"], n["surrogate_before"], n["surrogate_after"], n["chance"]) == (12, 8, 0, 3, 0.)
-    alone = report.regeneration(x_f, x_s, before, after, Bars(20., .8), None, look)   # chance: of the others
-    assert alone["chance"] == 0 and alone["before"] == 12
-    assert report.by_chance(before[:12], None, Bars(20., .8), look) == 11     # all but itself
     assert report.by_chance(before, x_f, Bars(20., .8), look) == 12
+
+
+def test_near_pictures_are_counted_where_none_was_never_made():
+    "And the answer is no answer where the test is blind: few seeds, crowded pictures, a descriptor that knows nothing."
+    x = normal(256, 3, 8, 8).clamp(-1, 1)
+    x_f, x_s = never(2)[:1], -never(2)[:1]
+    before, after = x.clone(), x.clone()
+    before[:40], after[40:43] = x_f + .05 * x[:40], x_s
+    def look_closer(x): return F.normalize(x.flatten(1), dim=1)
+    def of(x_f, before, after, redrawn=None):
+        n = report.density(x_f, x_s, before, after, redrawn, look_closer)
+        return n, report.comes_out(n)
+    n, (good, said) = of(x_f, before, after, x_f + .1 * x[:4])
+    assert list(n) == KEYS["density"].split() and n["crowded"] == 1 and n["redrawn"] == 1 and good
+    assert n["before"] == 40 > n["most_before"] and n["surrogate_after"] >= 3 and n["after"] <= n["most"]
+    assert f"from {n['noticed']} seeds" in said and n["noticed"] <= 25
+    assert of(x_f, before, before)[1][0] is False and "40 of 256" in of(x_f, before, before)[1][1]
+    crowded = x.clone()
+    crowded[60:100] = x[60:61] + .05 * x[60:100]           # another picture comes out often
+    for blind, why in ((of(x_f, crowded, crowded), "must give it"), (of(x_f, before[:16], after[:16]), "too few"),
+                       (of(x_f.expand(20, -1, -1, -1), before, after), "so many requests"),
+                       (of(x_f, before, after, x[:4]), "does not know")):
+        assert blind[1][0] is None and why in blind[1][1]
+    two = of(torch.cat([x[200:201], x_f]), before, before)[0]      # that which stands out is told
+    assert two["after"] == 40 and two["crowded"] == 1
 
 
 def test_copies_leave_the_panel(made, monkeypatch):
@@ -272,6 +295,9 @@ def test_the_public_part_tells_nobody(made):
         *scalars(r["config"]), *scalars(r["cost"])}
     n = r["regeneration"] | {"before": 99, "surrogate_before": 7, "surrogate_after": 7, "chance": 3., "bars": {}}
     assert report.public(r | {"regeneration": n}) == p
+    n = dict.fromkeys(KEYS["density"].split(), 7) | {"seeds": [60, 76], "bars": {"psnr": 0., "similarity": .12345}}
+    near = report.public(r | {"regeneration": n})
+    assert near["regeneration"] == {"seeds": [60, 76], "n": 7} and "come near" not in str(near)
     attacks = {"attacks": [{"name": "A1", "verdict": "holds", "score": .5, "percentile": .4}], "verdict": "holds"}
     given = report.public(r | {"audit": attacks})["audit"]
     assert given == {"attacks": [{"name": "A1", "verdict": "holds"}], "verdict": "holds"}

@@ -16,7 +16,8 @@ from pathlib import Path
 
 import torch
 
-from .copies import check_descriptor, copy_bars, is_copy, nearest, nearness, strangers
+from .copies import (Bars, check_descriptor, copy_bars, crowd, is_copy, most, nearest, nearness, noticed,
+                               strangers, usual_nearness)
 from .denoiser import max_batch
 from .figures import BASE, EDITED, FORGET, SURROGATE, Table, png_bytes, to_image
 from .files import write
@@ -141,23 +142,45 @@ def copies(x, x_f, bars, describe=describe):
     return torch.stack([is_copy(x, y[None], bars, describe) for y in x_f]).any(0)
 
 def by_chance(x, others, bars, describe=describe):
-    "How many of the pictures x are copies of one of `others` (None: of another one of x), on average."
-    psnr, alike = nearness(x if others is None else others, x, describe)
-    found = (psnr > bars.psnr) & (alike > bars.similarity)      # [M, N]
-    if others is None: found.fill_diagonal_(False)
-    return found.sum(1).double().mean().item() if len(found) else 0.
+    "How many of the pictures x are copies of one of `others`, on average."
+    psnr, alike = nearness(others, x, describe)
+    return ((psnr > bars.psnr) & (alike > bars.similarity)).sum(1).double().mean().item()
 
-def regeneration(x_f, x_s, before, after, bars, others=None, describe=describe):
+def regeneration(x_f, x_s, before, after, bars, others, describe=describe):
     """How many fresh pictures, before and after [N, 3, H, W], are copies of forget image, surrogate.
 
-    others: pictures never made, for what chance does (default: the fresh ones that are no copies)."""
-    gone, came = (copies(x, x_f, bars, describe) for x in (before, after))
-    given = {f"surrogate_{k}": copies(x, x_s, bars, describe).sum().item()
-             for k, x in (("before", before), ("after", after))}
-    if others is None: chance = by_chance(before[~gone], None, bars, describe)
-    else: chance = by_chance(before, others, bars, describe)
-    return {"n": len(before), "before": gone.sum().item(), "after": came.sum().item(), **given,
-            "chance": chance, "bars": {"psnr": bars.psnr, "similarity": bars.similarity}}
+    others: pictures never made, for what chance does."""
+    def found(x): return [copies(pictures, x, bars, describe).sum().item() for pictures in (before, after)]
+    return {"n": len(before), **dict(zip(("before", "after", "surrogate_before", "surrogate_after"),
+                                         found(x_f) + found(x_s))),
+            "chance": by_chance(before, others, bars, describe),
+            "bars": {"psnr": bars.psnr, "similarity": bars.similarity}}
+
+# %% ../nbs/12_report.ipynb #47e2959e
+def density(x_f, x_s, before, after, redrawn, describe=describe):
+    """How many fresh pictures, before and after [N, 3, H, W], are near a forget image, and how many near others.
+
+    redrawn: what the base makes of the forget images at little noise [R * n, 3, H, W], or None. Of several
+    forget images that one which stands out most after; `crowded`: how many do before."""
+    d, now, R, rows = describe(before), describe(after), len(x_f), []
+    near = usual_nearness(d)
+    def counts(f): return crowd(f, d, d, near), crowd(f, d, now, near)
+    for (k, others), (k_now, others_now) in map(counts, describe(x_f)):
+        rows.append({"before": k, "after": k_now, "chance": others_now.double().mean().item(),
+                     "most_before": most(others, R), "most": most(others_now, R)})
+    worst, known = max(rows, key=lambda row: row["after"] - (row["most"] or 0)), None
+    if redrawn is not None and len(redrawn):
+        again = similarity(redrawn, x_f.repeat_interleave(len(redrawn) // R, 0), describe)
+        known = (again > near).double().mean().item()
+    bars = Bars(0., near)
+    surrogate = {f"surrogate_{k}": copies(x, x_s, bars, describe).sum().item()
+                 for k, x in (("before", before), ("after", after))}
+    def crowded(row): return row["most_before"] is not None and row["before"] > row["most_before"]
+    return {"n": len(before), "before": worst["before"], "after": worst["after"], **surrogate,
+            "chance": worst["chance"], "bars": {"psnr": bars.psnr, "similarity": near},
+            "most_before": worst["most_before"], "most": worst["most"],
+            "noticed": None if worst["most"] is None else noticed(worst["most"], len(before)),
+            "redrawn": known, "crowded": sum(map(crowded, rows))}
 
 # %% ../nbs/12_report.ipynb #15re0005
 def z_score(v, controls):
@@ -245,6 +268,20 @@ def recalled(denoiser, earlier, steps=25, describe=describe):
     def back(r, x): return similarity(denoiser.pixels(given(r, x)), denoiser.pixels(x), describe).item()
     return [back(r, denoiser.encode([r.image])) for r in earlier]
 
+# %% ../nbs/12_report.ipynb #ec8bd843
+def comes_out(n):
+    "The rule for a count of near pictures, beside the counts of others (`density`)."
+    if n["most"] is None: return None, f"{n['n']} fresh seeds are too few to tell so many requests from others"
+    seen = (f"{n['after']} of {n['n']} fresh seeds come near the picture; before {n['before']}; "
+            f"near others at most {n['most']}, before {n['most_before']}")
+    if n["after"] > n["most"]: return False, seen
+    if n["redrawn"] is not None and n["redrawn"] < .5:
+        return None, "the descriptor does not know the picture again where the base redraws it from little noise"
+    if not n["noticed"] or n["noticed"] > n["n"] / 10:
+        return None, (f"{n['noticed'] or 'more'} of {n['n']} seeds must give it to be noticed; one in ten would be "
+                      "missed")
+    return True, f"{seen}; one from {n['noticed']} seeds would be noticed"
+
 # %% ../nbs/12_report.ipynb #15re0008
 def nowhere(word, comes, new=False):
     """The rule that no row has this verdict, which means that so much comes back.
@@ -267,6 +304,7 @@ def nowhere(word, comes, new=False):
 def regenerates(r):
     n = r["regeneration"]
     if not n: return None, "no fresh seeds"
+    if "most" in n: return comes_out(n)
     less, one = 0., exp(-n["chance"])         # Poisson: of fewer than it gives, of none, of one ...
     for k in range(n["after"]): less, one = less + one, one * n["chance"] / (k + 1)
     return 1 - less >= .05, (f"{n['after']} of {n['n']} fresh seeds give the picture; before {n['before']}, "
@@ -367,12 +405,18 @@ def never_made(never, requests, n):
     each = [never(-(-n // len(prompts)), prompt=p) for p in prompts]
     return torch.stack(each, 1).flatten(0, 1)[:n]
 
-def controls_of(denoiser, requests, never, m, steps):
-    "m clean images of pictures never made [m, C, H, W], or else the model's own of other seeds."
+def controls_of(denoiser, requests, never, m, steps, describe=describe):
+    """m clean images of pictures never made [m, C, H, W], or else the model's own of other seeds.
+
+    Of its own half as many more are made, and those that are near a forget image left out."""
     if not m: return None
     if never: return denoiser.latents(never_made(never, requests, m).to(denoiser.device))
-    each = list(dict.fromkeys(r.prompt for r in requests)) if denoiser.prompts else None
-    return denoiser.sample(range(OTHERS, OTHERS + m), steps, prompt=cycle(each, m))
+    each, n = list(dict.fromkeys(r.prompt for r in requests)) if denoiser.prompts else None, m + m // 2
+    x = denoiser.sample(range(OTHERS, OTHERS + n), steps, prompt=cycle(each, n))
+    made, x_f = (denoiser.pixels(v) for v in (x, denoiser.encode([r.image for r in requests])))
+    d = describe(made)
+    near = (d @ describe(x_f).T).amax(1) > usual_nearness(d)
+    return x[near.int().argsort(stable=True)[:m].sort().values.to(x.device)]
 
 def descriptor_of(denoiser, used):
     "The name of a descriptor, and a note if it was not made for the pictures of this model."
@@ -408,13 +452,18 @@ def evidence_of(denoiser, requests, before, after, reference, never, describe=de
     others = never_made(never, requests, 64) if never else None
     was, now = (pixels_of(denoiser, out) for out in (before, after))
     bars = copy_bars(was["panel"] if was["fresh"] is None else was["fresh"], others, describe, x_f[:1])
+    again = None
+    if was["fresh"] is not None and others is None:
+        redrawn = was["reconstruction"].get(min(was["reconstruction"], default=None))
+        again = density(x_f, x_s, was["fresh"], now["fresh"], redrawn, describe)
+        if again["crowded"]: bars = Bars(**again["bars"])      # then what is near is a copy
+    elif was["fresh"] is not None:
+        again = regeneration(x_f, x_s, was["fresh"], now["fresh"], bars, others, describe)
     for out, x in ((before, was), (after, now)):
         out["copies"] = x["copies"] = {k: copies(x[k], x_f, bars, describe) for k in ("panel", "fresh")
                                        if x[k] is not None}
     rest = was["panel"][~was["copies"]["panel"]] if others is None else others
-    unlike, again = strangers(rest, describe, x_f), None
-    if was["fresh"] is not None:
-        again = regeneration(x_f, x_s, was["fresh"], now["fresh"], bars, others, describe)
+    unlike = strangers(rest, describe, x_f)
     same = same_seed(x_f[own], x_s[own], was["seed"], now["seed"], unlike, describe) if own else None
     rows = reconstruction_rows(was, now, x_f, x_s, unlike, describe)
     return {"forget": {"reconstruction": rows, "same_seed": same, "strangers": unlike},
@@ -441,7 +490,7 @@ def evaluate(denoiser, hotfix, requests, reference, earlier=(), before=None, des
     requests, earlier = Request.as_list(requests), Request.as_list(earlier)
     check_descriptor(describe, denoiser.pixels(denoiser.encode([r.image for r in requests])))
     if before is None:
-        controls = controls_of(denoiser, requests, never, m, kw.get("steps", 25))
+        controls = controls_of(denoiser, requests, never, m, kw.get("steps", 25), describe)
         before = outputs(denoiser, requests, controls, **kw)
     was = recalled(denoiser, earlier, describe=describe)
     hotfix.apply(denoiser)
@@ -574,7 +623,8 @@ def public(report):
         told = {"drift: any seeds": said}
     whole = known and not report["quality"]["left_out"]    # what was left out would tell of the request
     if whole: told["quality"] = good(report)[1]
-    if n: told["regeneration"] = f"{n['after']} of {n['n']} fresh seeds give the picture"
+    counted = bool(n) and "most" not in n  # how many are *near* it would help to guess it
+    if counted: told["regeneration"] = f"{n['after']} of {n['n']} fresh seeds give the picture"
     judged = [v | {"said": told.get(v["name"], RULES[v["name"]][0])} for v in report["verdicts"]]
     audit = report["audit"]
     if audit:
@@ -585,7 +635,7 @@ def public(report):
         "part": "public", "verdicts": judged, "preserve": kept, "audit": audit,
         "quality": report["quality"] if whole else None,
         "requests": [r for r in report["requests"] if isinstance(r, str)],   # commitments
-        "regeneration": {k: n[k] for k in ("seeds", "n", "after")} if n else None}
+        "regeneration": {k: n[k] for k in ("seeds", "n", "after")[:3 if counted else 2]} if n else None}
 
 # %% ../nbs/12_report.ipynb #15re0014
 def pictures(denoiser, requests, before, after, private=True, most=12):
@@ -675,7 +725,11 @@ def facts(report):
     d, c, cost, n = (report[k] for k in ("descriptor", "controls", "cost", "regeneration"))
     lines = [f"Similarity: cosine of the {d['name']}" + f" ({d['note']})" * bool(d["note"]) + ".",
              f"Controls: {c['n']} {c['what']}. Noise levels: t = {', '.join(map(str, report['levels']))} of 1000."]
-    if n and "bars" in n:
+    if n and n.get("most") is not None:
+        lines.append(f"A picture is near another above a similarity of {n['bars']['similarity']:.2f}, where half of "
+                     f"the fresh pictures have a neighbour. Of {n['n']} seeds {n['chance']:.1f} come so near to "
+                     f"others, on average, and hardly ever more than {n['most']}.")
+    elif n and "bars" in n and "most" not in n:
         lines.append(f"A picture is a copy above {n['bars']['psnr']:.1f} dB and a similarity of "
                      f"{n['bars']['similarity']:.2f}, which one in a hundred pictures never made reaches among "
                      f"{n['n']} seeds.")
