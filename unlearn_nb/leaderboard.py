@@ -224,7 +224,7 @@ def counting(net):
 def run_row(board, run, method, cfg):
     "One run: what a method does to a picture."
     (d, request), by_heart = board.subject(run.seed), isinstance(run.seed, str)
-    lends, never = run.block != FIRST, companions(d).never if run.test else None
+    lends, never = run.block != FIRST, companions(d).never if run.test or by_heart else None
     describe = board.once(("descriptor", d.name), lambda: descriptor(d))
     def keep(): return default_retain(d, [request], **retain_settings(cfg), describe=describe)
     retain = board.once(("retain", run.seed, cfg.near_images), keep)
