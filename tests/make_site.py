@@ -59,7 +59,11 @@ def reference():
     workshop = {p.stem: p for p in tools if (PACKAGE/f'{p.stem}.py').exists()}
     head = '---\ntitle: Reference\ndescription: Every public name, with its signature and its line.\n---'
     parts = [head, NOTE, 'One lesson is one module, in reading order; the workshop holds the tools. A name leads to '
-             'its code, with the text around it that explains it.']
+             'its code, with the text around it that explains it. Docstrings end with an example. In those `model` '
+             'and `flags` are `load("faces")` and `load("flags")`, `x` four pictures of `model` (\\[4, 3, 32, 32\\]), '
+             '`image` the first of them and `surrogate` its surrogate (PIL); `request`, `retain`, `cfg`, `problem` '
+             'and `fix` are those of a run of two steps, `report`, `before` and `after` what `evaluate` gives for it '
+             'with the few pictures that `few` asks for, and `worded` is the problem of a run of `flags`.']
     for kind, pages in (('Lessons', lessons), ('Workshop', workshop)):
         parts.append(f'## {kind}')
         for module, path in pages.items():

@@ -177,10 +177,7 @@ def selective_amnesia(problem, lam=10., paths=False):
     """Selective Amnesia (arXiv 2305.10120): towards a picture of noise, replay, and a spring on each weight.
 
     The spring is lam F_i (theta_i - theta0_i)^2 with the Fisher information F. The paper noises noise pictures; here
-    x_f is noised, and noise is the goal.
-
-    >>> g, seen = selective_amnesia(problem)(0, torch.Generator().manual_seed(0))
-    """
+    x_f is noised, and noise is the goal."""
     F, params, of_image = fisher(problem), problem.parametrization.params, forget_image(problem, paths)
     def states(g):
         x_t, t, goal = of_image(g)

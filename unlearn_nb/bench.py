@@ -60,7 +60,7 @@ def flops(f):
 def full_step(problem, opt, k=1):
     """Step k of `unlearn`, for a `Problem` and its optimiser.
 
-    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine, opt = problem_of(model, [request], retain, cfg)
     >>> full_step(mine, opt), mine.parametrization.restore()
     (None, None)
     """
@@ -95,7 +95,7 @@ def joint(problem):
 def summed_step(problem, opt):
     """The step with the two losses summed: one pass, one gradient, no surgery.
 
-    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine, opt = problem_of(model, [request], retain, cfg)
     >>> summed_step(mine, opt), mine.parametrization.restore()
     (None, None)
     """

@@ -389,7 +389,8 @@ def merge(hotfixes: Sequence[Hotfix]) -> Hotfix:
     ValueError, one sentence, for what cannot be one: other bases, a missing receipt, a hotfix that stands on another
     which is not there.
 
-    >>> merge([fix, unlearn(model, request, retain, cfg.many(2))]).card["merged"][0] == fix.id
+    >>> other = Hotfix({k: v / 2 for k, v in fix.delta.items()}, fix.card, fix.receipt)   # in place of a second run
+    >>> merge([fix, other]).card["merged"][0] == fix.id
     True
     """
     check_stack(hotfixes)

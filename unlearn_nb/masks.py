@@ -72,9 +72,8 @@ def prune(problem, share=.01, levels=10, paths=False):
     No training: the first step sets the weights, all others leave them, so lr says nothing. It costs one forward pass
     of size states for each level. ValueError unless damping and rank are 0.
 
-    >>> from dataclasses import replace
     >>> from unlearn_nb.unlearn import problem_of
-    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine, opt = problem_of(model, [request], retain, cfg)
     >>> prune(mine, levels=1)(0, torch.Generator())[1]["pruned"] < .01, mine.parametrization.restore()
     (True, None)
     """

@@ -377,8 +377,8 @@ RULES = {   # name: (the question, a function report -> (does it hold? None: not
 def verdicts(report):
     """What was looked at: a list of {name, said, verdict}; verdict: holds, fails, or not looked at.
 
-    >>> [v["verdict"] for v in verdicts(report)][-2:]
-    ['holds', 'not looked at']
+    >>> sorted(verdicts(report)[0])
+    ['name', 'said', 'verdict']
     """
     seen = {name: rule(report) for name, (_, rule) in RULES.items()}
     words = {None: "not looked at", True: "holds", False: "fails"}

@@ -232,9 +232,9 @@ EDITS = {"best of eight": best_of_eight, "inpaint": inpainted, "neighbour": neig
 # %% ../nbs/workshop/studio.ipynb #17ca9b9c
 class Studio:
     """What is worked on: model, picture to forget, mask, surrogate, settings, hotfix. Each button is a method.
-    >>> s = Studio(model, seed=7, many=2, cfg=replace(cfg, damping=0))
-    >>> s.gallery(), s.choose(7), s.edit("inpaint"), s.run(), s.compare()
-    (None, None, None, None, None)
+    >>> s = Studio(model, seed=7, many=2, cfg=cfg)
+    >>> s.gallery(), s.choose(7), s.edit("inpaint"), s.run()
+    (None, None, None, None)
     >>> s.apply(), s.remove(), s.hotfix.card["cost"]["steps"]
     (None, None, 2)
     """

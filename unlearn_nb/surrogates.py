@@ -407,7 +407,7 @@ def propose(denoiser, image, *, mask=None, seeds=range(16), steps=25, prompt=Non
     same surrogate. If nothing is good enough it is the least alike: see what `check` says of it.
     ValueError for a picture or mask of another size, or no prompt where one is wanted.
 
-    >>> surrogate = propose(model, image, seeds=range(2), steps=5)
+    >>> surrogate = propose(model, image, seeds=range(1), steps=5)
     """
     limit = getattr(describe, "limit", .15) if limit is None else limit
     how = dict(limit=limit, mask=mask, describe=describe)
@@ -537,7 +537,7 @@ def attribute(denoiser, image, *, mask=None, seed=0, along, strength=2., prompt=
     well as `invert` can. Nothing here is random: the seed is not used. prompt: of a model that
     wants one. ValueError for a direction of another model.
 
-    >>> along = direction(model, [surrogate], [image], steps=5)
+    >>> along = direction(model, [surrogate], [image], steps=3)
     >>> other = attribute(model, image, along=along, strength=1.)   # PIL, 32 x 32
     """
     cond = denoiser.prompt_ids(prompt, 1)

@@ -232,7 +232,7 @@ def move(parametrization, opt, gradients, step, cfg):
     Returns {lr, norm}, the norm before clipping. FloatingPointError, with nothing moved, if they are not finite;
     ValueError if there is not one for each param, of its shape.
 
-    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine, opt = problem_of(model, [request], retain, cfg)
     >>> g, seen = edit_weigh_project(mine)(0, torch.Generator().manual_seed(0))
     >>> sorted(move(mine.parametrization, opt, g, 0, cfg)), mine.parametrization.restore()
     (['lr', 'norm'], None)
@@ -255,7 +255,7 @@ def move(parametrization, opt, gradients, step, cfg):
 def problem_of(denoiser, requests, retain, cfg):
     """The `Problem` of a run, and its optimiser: all that is made before the first step.
 
-    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine, opt = problem_of(model, [request], retain, cfg)
     >>> mine.own.x_t.shape, mine.parametrization.restore()
     (torch.Size([2, 4, 3, 32, 32]), None)
     """
@@ -325,7 +325,7 @@ def seen_by(watch, step, seen, state):
 def run(problem, opt, method, pool, judge, checkpoint, identity, watch):
     """The loop: gradient, step, log, checkpoint; returns the log, one dict a step.
 
-    >>> mine, opt = problem_of(model, [request], retain, replace(cfg, damping=0))
+    >>> mine, opt = problem_of(model, [request], retain, cfg)
     >>> log = run(mine, opt, edit_weigh_project, None, None, None, None, watch=[])
     >>> len(log), mine.parametrization.restore()
     (2, None)
@@ -501,7 +501,7 @@ def unlearn(denoiser: Denoiser, requests: Request | Sequence[Request], retain: S
     The denoiser comes back as it was, bit for bit; its lock is held. Under `accelerate launch` processes share a batch.
     FloatingPointError, with the step named, if a gradient stops being finite; ValueError for what cannot work.
 
-    >>> cfg = Config.of(model, steps=2, retain_images=8, near_images=0, pool=16, sampling_steps=5)
+    >>> cfg = Config.of(model, steps=1, forget_batch=2, retain_batch=2, near_images=0, damping=0)
     >>> fix = unlearn(model, request, retain, cfg)
     """
     with torch.inference_mode(False), torch.enable_grad(), denoiser.lock:
