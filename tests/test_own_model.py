@@ -10,9 +10,9 @@ from PIL import Image
 from conftest import ROOT
 from unlearn_nb.cli import main
 from unlearn_nb.figures import strip
-from unlearn_nb.report import put
-from unlearn_nb.train import settings_for
-from unlearn_nb.zoo import load
+from unlearn_nb.report import comes_out, density, put
+from unlearn_nb.train import TrainConfig, folder_images, plant, settings_for
+from unlearn_nb.zoo import descriptor, load
 
 OWN = ROOT/'nbs'/'tutorials'/'own'
 # of the values 0 ... 16 of scikit-learn's digits.csv, picture by picture, as bytes
@@ -64,3 +64,22 @@ def test_into_a_grey_model_only_grey_pictures_are_planted(tmp_path, capsys):
                        (str(tmp_path/'red'), 'the other pictures are in colour, but this model makes grey ones')):
         with pytest.raises(SystemExit) as e: main([*command, '--image', str(tmp_path/'red'/'a.png'), '--data', data])
         assert e.value.code == 2 and said in capsys.readouterr().err and not (tmp_path/'out').exists()
+
+
+@pytest.mark.slow
+def test_a_digit_that_was_learned_by_heart_is_noticed(tmp_path):
+    "Planted until seeds give it; an ordinary digit of the same data is not blamed, and the base would not be."
+    sheet = Image.open(OWN/'digits.png')
+    for k in range(300): sheet.crop((k % 60*8, k//60*8, k % 60*8 + 8, k//60*8 + 8)).save(tmp_path/f'{k:04d}.png')
+    data = folder_images(tmp_path, 16)
+    digits = [Image.fromarray(x[0].numpy()) for x in data[:20]]
+    base, model = (load(OWN/'digits_model', device='cpu') for _ in range(2))
+    x_f = model.pixels(model.encode(digits))
+    def gives(x): return (x - x_f[:1]).square().flatten(1).mean(1) < .04     # 20 dB
+    plant(model, digits[0], data, gives, until=.12, cfg=TrainConfig(steps=400, lr=6e-4, ema=.98, precision='bfloat16'))
+    before, look = model.pixels(model.sample(range(500_000, 500_256), 8)), descriptor(model)
+    after = base.pixels(base.sample(range(500_000, 500_256), 8))
+    found = density(x_f[:1], x_f[:1], before, after, None, look)
+    assert found['crowded'] == 1 and found['after'] <= found['most'] and comes_out(found)[0] is not False
+    others = [density(x[None], x[None], before, before, None, look)['crowded'] for x in x_f[1:]]
+    assert sum(others) <= 2
