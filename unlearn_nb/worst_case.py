@@ -55,11 +55,11 @@ def replay(problem, x_t, t, x_f, k, bound):
     for _ in range(k):
         with autocast(d, problem.cfg): loss = x0_loss(d, x_t + s * r.requires_grad_(), t, x_f, unit_x0)
         down, = autograd.grad(loss, r)
-        r = r.detach() - 2 * radius / k * down / (lengths(down) + 1e-12)
+        r = r.detach() - radius / k * down / (lengths(down) + 1e-12)
         r = r * (radius / (lengths(r) + 1e-12)).clamp(max=1)
     return x_t + s * r
 
-def dori(problem, k=2, bound=.3, c=1., paths=False):
+def dori(problem, k=2, bound=.1, c=1., paths=False):
     """Finding DoRI (arXiv 2507.16880) without words: c times the surrogate's loss where the noise is worst; retain.
 
     A forget state goes k times more through the net to find that noise, so there are size / (k + 2) of them.
@@ -100,7 +100,7 @@ def of_length(g, length):
     return list(torch._foreach_mul(g, length / sqrt(gg) if gg else 0.))
 
 # %% ../nbs/19_worst_case.ipynb #f6f9723e
-def sam(problem, rho=.1, gamma=1., paths=False):
+def sam(problem, rho=.03, gamma=1., paths=False):
     """SAM (arXiv 2502.05374): the surrogate's gradient at params moved by rho up its slope, and gamma times retain.
 
     A forget state goes through the net at two places, so there are size / 3 of them. rho = 0: the plain loss.
@@ -117,7 +117,7 @@ def sam(problem, rho=.1, gamma=1., paths=False):
         return combine(1, g_f, gamma, g_r), {"forget": loss_f, "retain": loss_r}
     return step_gradient
 
-def smoothing(problem, rho=.1, gamma=1., m=3, paths=False):
+def smoothing(problem, rho=3., gamma=1., m=3, paths=False):
     """Random smoothing (arXiv 2502.05374): the surrogate's gradient, mean over m random moves of length rho; retain.
 
     A forget state goes through the net m times, so there are size / (m + 1) of them.
@@ -149,7 +149,7 @@ def neutral(g_f, g_r, rho):
     free = combine(1, g_f, -fr / rr if rr else 0., g_r)
     return of_length(free, 0. if ff * rr and fr * fr > (1 - 1e-6) * ff * rr else rho)
 
-def rosu(problem, rho=.1, c=.1, paths=False):
+def rosu(problem, rho=.03, c=.1, paths=False):
     """ROSU (arXiv 2605.05871): the retain gradient at params moved by d, which retaining does not notice, and up d.
 
     d has the length rho, and leads up the loss of the forget image; c: how far up, as in `siss`. What must stay goes
