@@ -13,7 +13,7 @@ import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -62,16 +62,16 @@ METHODS = {   # name: (method, six settings of `Config` and of the method)
     "restricted": (rgd, every(**RATES, alpha=(.1, 1.))),
     "DoCo": (doco, every(**RATES, lam=(.3, 1.))),
     "ReTrack": (retrack, every(**RATES, lam=(.005, .05))),
-    "NPO": (npo, every(**RATES, beta=(3., 30.))),
-    "DUO": (duo, every(**RATES, lam=(1e3, 1e4))),
-    "DUO at one time": (partial(duo, own_t=False), every(**RATES, lam=(1e3, 1e4))),
+    "NPO": (npo, every(**RATES, beta=(30.,), c=(.3, 1.))),
+    "DUO": (duo, every(**RATES, lam=(1e2, 1e4))),
+    "DUO at one time": (partial(duo, own_t=False), every(**RATES, lam=(1e2, 1e4))),
     "time and frequency": (time_frequency, every(**RATES, c=(.1, .5))),
-    "key steps": (key_steps, every(**RATES, c=(.03, .3))),
+    "key steps": (partial(key_steps, method=siss_no_is), every(**RATES, c=(.1, .5))),
     "DoRI": (dori, every(**RATES, c=(.3, 3.))),
-    "SAM": (sam, every(**RATES, rho=(.03, .3))),
-    "ROSU": (rosu, every(**RATES, c=(.1, .5))),
+    "SAM": (sam, every(**RATES, rho=(.01, .1))),
+    "ROSU": (rosu, every(**RATES, c=(.3, 3.))),
     "Munba": (munba, every(lr=(3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2))),
-    "pruning": (prune, every(share=(.001, .003, .01, .03, .1, .3))),
+    "pruning": (prune, every(share=(.001, .002, .003, .005, .01, .03))),
     "Sculpting Memory": (sculpt, every(**RATES, beta=(.25, 2.5))),
     "paper": (paper, PAPER),
     "ours": (edit_weigh_project, OURS),
