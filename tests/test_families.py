@@ -102,6 +102,7 @@ def test_the_whole_path(name, tmp_path):
     assert (cfg.rank == 0) == name.startswith(PIXELS) or name == 'DDPM, classes'
     retain = default_retain(d, [request], **retain_settings(cfg), describe=grid)
     fix = unlearn(d, [request], retain, cfg, describe=grid)
+    assert ('strength' in fix.receipt.log[-1]) != d.worded   # of classes, too
     few = dict(panel=range(1000, 1008), fresh=range(500, 516), levels=(250, 550), noises=range(2), m=4, steps=4)
     found, was, now = report.evaluate(d, fix, [request], retain[bool(d.prompts)][1].x0, describe=grid, **few)
     assert fingerprint(d) == before and {'passed', 'verdicts'} <= found.keys()

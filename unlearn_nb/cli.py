@@ -448,7 +448,7 @@ def sampled_rows(run, asked):
     if asked["image"] and (words or d.prediction == "flow"): own = 0
     before = s * (asked["seed"] is not None) + 16 * s * (not asked["surrogate"])
     stay = s * (cfg.retain_images * (1 + words) + 2 * cfg.near_images) + cfg.pool * few * (2 + words)
-    looks = own + (0 if words or not own else own * (2 + 4 * 2))
+    looks = own + (0 if d.worded or not own else own * (2 + 4 * 2))
     back = len(LEVELS) * (1 + m) * 4 * min(s, BACK) + len(ERRORS) * (1 + m) * 4
     report = 2 * (back + s * (1 + 32) + len(FRESH) * min(s, QUICK)) + m * s
     features = 0 if companions(d).describe or run.named not in (None, "own") else 8 * max(64, 4 * max_batch(d, 64))

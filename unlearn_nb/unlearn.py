@@ -472,7 +472,7 @@ def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, d
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
         # with words the surrogate itself is what is wanted, and nobody is judged
-        judge = describe if problem.own and not denoiser.prompts else None
+        judge = describe if problem.own and not denoiser.worded else None
         log = run(problem, opt, method, pool, judge, checkpoint, identity, watch)
         if judge: log[-1]["strength"] = least_strength(problem, judge)
         delta = problem.parametrization.delta()
