@@ -6,21 +6,26 @@
 __all__ = ['SHORT', 'ERASERS', 'Guard', 'gate', 'project_values', 'adavd', 'permeability', 'transport', 'membrane', 'safe', 'sld',
            'counted', 'run_erasers']
 
-# %% ../nbs/21_guards.ipynb #8ce3bfd7
+# %% ../nbs/21_guards.ipynb #9ua4d005
 import time
 from contextlib import contextmanager
 
 import torch
 from torch.nn import functional as F
 
-from .erasers import concept_ablation, esd, fade, last_word, layers_of_words, lists, mace, rece, spm, trained, uce
+from .erasers import (concept_ablation, esd, fade, last_word, layers_of_words, lists, mace, rece, spm,
+                                trained, uce)
 from .hotfix import change, changed
 
-# %% ../nbs/21_guards.ipynb #9d4e0e52
+# %% ../nbs/21_guards.ipynb #9ua4d008
 class Guard:
     """What changes a model only while it is on: `with guard.on(denoiser):`, as of a `Hotfix`.
 
-    put: a function of the denoiser that puts it on, and gives a function that takes it off."""
+    put: a function of the denoiser that puts it on, and gives a function that takes it off.
+
+    >>> guard = Guard(lambda denoiser: lambda: None)   # does nothing
+    >>> with guard.on(flags): x0 = flags.sample([7], 2, prompt="irish flag")
+    """
 
     def __init__(self, put): self.put = put
 
@@ -32,7 +37,7 @@ class Guard:
             try: yield denoiser
             finally: take_off()
 
-# %% ../nbs/21_guards.ipynb #1b7fdc17
+# %% ../nbs/21_guards.ipynb #9ua4d009
 def instead(denoiser, name, f):
     "Put f in the place of the method of that name; a function that takes it away."
     before = vars(denoiser).get(name)
@@ -44,26 +49,38 @@ def hooked(denoiser, hooks):
     handles = [denoiser.net.get_submodule(k).register_forward_hook(hook) for k, hook in hooks.items()]
     return lambda: [handle.remove() for handle in handles]
 
-# %% ../nbs/21_guards.ipynb #d8576db0
+# %% ../nbs/21_guards.ipynb #9ua4d011
 def gate(z, p=100., b=.93, s=2.):
-    "How much of a part goes, by the cosine z: s / (1 + exp(-p (z - b))) (AdaVD, arXiv 2412.06143)."
+    """How much of a part goes, by the cosine z: s / (1 + exp(-p (z - b))) (AdaVD, arXiv 2412.06143).
+
+    >>> gate(torch.tensor(.93))
+    tensor(1.)
+    """
     return s * torch.sigmoid(p * (z - b))
 
 def project_values(v, c, d=None):
     """v [..., D] without its parts along c [n, D], which are made orthogonal one after the other.
 
-    d: of the cosine with each, the share of the part that goes; None: all."""
+    d: of the cosine with each, the share of the part that goes; None: all.
+
+    >>> left = project_values(torch.tensor([[3., 4.]]), torch.tensor([[1., 0.]]))
+    >>> torch.allclose(left, torch.tensor([[0., 4.]]))
+    True
+    """
     along = torch.linalg.qr(c.T).Q.T                                        # [n, D]
     part = v @ along.T                                                      # [..., n]
     if d: part = part * d(F.cosine_similarity(v[..., None, :], c, dim=-1))
     return v - part @ along
 
-# %% ../nbs/21_guards.ipynb #06686fb5
+# %% ../nbs/21_guards.ipynb #9ua4d012
 def adavd(denoiser, concept, target="", keep=(), p=100., b=.93, s=2., place=None):
     """AdaVD (arXiv 2412.06143): a `Guard` that takes the concept out of the values of words; no training.
 
     place: of the token that stands for the concept; None: its last word. target and keep are not used.
-    ValueError for a model without words."""
+    ValueError for a model without words.
+
+    >>> with adavd(flags, "irish flag").on(flags): x0 = flags.sample([7], 2, prompt="irish flag")
+    """
     concept, _, _ = lists(concept, target, keep)
     ids = denoiser.prompt_ids(concept, len(concept))
     places = [last_word(denoiser, c) if place is None else place for c in concept]
@@ -78,9 +95,14 @@ def adavd(denoiser, concept, target="", keep=(), p=100., b=.93, s=2., place=None
     layers = {k: kind for k, kind in layers_of_words(denoiser).items() if not k.endswith("to_k")}
     return Guard(lambda d: hooked(d, {k: without(said[kind]) for k, kind in layers.items()}))
 
-# %% ../nbs/21_guards.ipynb #4dbbb141
+# %% ../nbs/21_guards.ipynb #9ua4d016
 def permeability(denoiser, concept, keep=()):
-    "SPM's gamma [prompts], 0 to 1, of every prompt that the model knows: how far it has to do with a concept."
+    """SPM's gamma [prompts], 0 to 1, of every prompt that the model knows: how far it has to do with a concept.
+
+    >>> gamma = permeability(flags, "irish flag")
+    >>> round(gamma[flags.prompt_id("irish flag")].item(), 2)
+    1.0
+    """
     concept, _, keep = lists(concept, "", keep)
     ids = denoiser.prompt_ids(concept, len(concept))
     embeds = denoiser.prompt_embeds["encoder_hidden_states"].flatten(1).float()
@@ -91,7 +113,10 @@ def permeability(denoiser, concept, keep=()):
     return torch.maximum(alike, alike.new_tensor(same)).amax(1).clamp(0, 1)
 
 def transport(hotfix, concept, keep=(), power=1.):
-    "A `Guard`: a hotfix that each prompt feels by its `permeability` to a power (SPM, arXiv 2312.16145)."
+    """A `Guard`: a hotfix that each prompt feels by its `permeability` to a power (SPM, arXiv 2312.16145).
+
+    >>> guard = transport(uce(flags, "irish flag", "flag"), "irish flag")
+    """
     whole = {k.removesuffix(".weight"): change(hotfix.delta, k) for k in changed(hotfix.delta)}
     def put(d):
         told, now = d.condition, {}
@@ -111,15 +136,24 @@ def transport(hotfix, concept, keep=(), power=1.):
 def membrane(denoiser, concept, target="", keep=("",), power=1., **settings):
     """SPM (arXiv 2312.16145): an adapter of rank one, trained by `spm`, behind its `transport`: a `Guard`.
 
-    settings: as of `trained`. ValueError as `trained`."""
+    settings: as of `trained`. ValueError as `trained`.
+
+    >>> few = dict(steps=1, images=1, retain_images=2, sampling_steps=2, forget_batch=2, retain_batch=2)
+    >>> guard = membrane(flags, "irish flag", "flag", ["swedish flag"], **few)
+    """
     fix = trained(denoiser, concept, target, keep, method=spm, **{"rank": 1} | settings)
     return transport(fix, concept, keep, power)
 
-# %% ../nbs/21_guards.ipynb #2f9e22d6
+# %% ../nbs/21_guards.ipynb #9ua4d018
 def safe(out, uncond, unsafe, nu, scale=1000., threshold=.01, momentum=.3, beta=.4, at_least=False):
     """SLD's (gamma, next nu) [B, C, H, W] of the net's outputs to the prompt, to no words and to unsafe ones.
 
-    nu: the momentum so far. at_least: scale |out - unsafe| counts as 1 at least, where the code says at most."""
+    nu: the momentum so far. at_least: scale |out - unsafe| counts as 1 at least, where the code says at most.
+
+    >>> gamma, nu = safe(x, x, x, torch.zeros_like(x))
+    >>> gamma.any().item()
+    False
+    """
     apart = out - unsafe
     mu = (scale * apart.abs()).clamp(**{"min" if at_least else "max": 1.})
     gamma = torch.where(apart >= threshold, 0., mu) * (unsafe - uncond) + momentum * nu
@@ -129,7 +163,10 @@ def sld(denoiser, concept, target="", keep=(), warmup=2, **settings):
     """SLD (arXiv 2211.05105): a `Guard` that guides away from the first prompt of the concept; no training.
 
     warmup: steps without it. settings: those of `safe`. target and keep are not used.
-    ValueError for a model that is not guided."""
+    ValueError for a model that is not guided.
+
+    >>> with sld(flags, "irish flag", warmup=1).on(flags): x0 = flags.sample([7], 2, prompt="french flag")
+    """
     if denoiser.guidance == 1:
         raise ValueError("SLD changes the guidance of a model, but this one is not guided (guidance 1); "
                          "give the denoiser a guidance above 1")
@@ -146,9 +183,13 @@ def sld(denoiser, concept, target="", keep=(), warmup=2, **settings):
         return instead(d, "cfg_outputs", outputs)
     return Guard(put)
 
-# %% ../nbs/21_guards.ipynb #4cb26570
+# %% ../nbs/21_guards.ipynb #9ua4d022
 def counted(denoiser, f):
-    "(f(), evaluations of the net for one image at one level that it took, seconds of a core)."
+    """(f(), evaluations of the net for one image at one level that it took, seconds of a core).
+
+    >>> counted(model, lambda: model.sample([7, 8], 5))[1]
+    10
+    """
     seen, begin = [], time.process_time()
     count = denoiser.net.register_forward_hook(lambda net, inputs, out: seen.append(len(inputs[0])))
     try: made = f()
@@ -157,13 +198,28 @@ def counted(denoiser, f):
 
 SHORT = dict(steps=40, forget_batch=8, retain_batch=8, retain_images=24, sampling_steps=12)
 ERASERS = {   # name: (function, settings that were best for `flags` on another word)
-    "UCE": (uce, dict(lam=.05)),
+    "UCE": (uce, dict(lam=0.05)),
+    "RECE": (rece, dict(mu=1.0)),
+    "MACE": (mace, dict(lam=10.0, join=0.1)),
+    "AdaVD": (adavd, dict(place=-1)),
+    "SLD": (sld, dict(scale=2000.0, threshold=0.025, momentum=0.5, beta=0.7)),
+    "ESD": (trained, SHORT | dict(method=esd, lr=0.001, part='all')),
+    "KSCU": (trained, SHORT | dict(method=esd, first=.3, lr=0.001, part='all')),
+    "Concept Ablation": (trained, SHORT | dict(method=concept_ablation, lr=0.001)),
+    "SPM": (membrane, SHORT | dict(lr=0.01, hold=10.0)),
+    "FADE": (trained, SHORT | dict(method=fade, lr=0.002)),
 }
 
 def run_erasers(denoiser, concept, target, keep, look, erasers=None):
     """{name: what look() says with it on, evaluations and seconds to make it, evaluations of the look}.
 
-    look: a function without arguments; what it gives is `seen`. erasers: None: `ERASERS`."""
+    look: a function without arguments; what it gives is `seen`. erasers: None: `ERASERS`.
+
+    >>> def look(): return flags.sample([7], 2, prompt="irish flag")
+    >>> rows = run_erasers(flags, "irish flag", "flag", [""], look, {"UCE": (uce, {})})
+    >>> rows["UCE"]["evaluations"], rows["UCE"]["look"]
+    (0, 4)
+    """
     rows = {}
     for name, (eraser, settings) in (erasers or ERASERS).items():
         made, n, seconds = counted(denoiser, lambda: eraser(denoiser, concept, target, keep, **settings))
