@@ -58,7 +58,8 @@ def shared():
     report, before, after = evaluate(model, fix, [request], x, m=3, **few)
     asked = Request(*flags.decode(flags.sample([1, 2], 2, prompt="irish flag")), prompt="irish flag")
     less = Config.of(flags, rank=0, damping=0, retain_images=2, sampling_steps=2, forget_batch=2, retain_batch=2)
-    worded = problem_of(flags, [asked], generate(flags, [1], 2, prompt="irish flag"), less)[0]
+    stay = generate(flags, [1, 2], 2, prompt=["irish flag", "polish flag"])
+    worded = problem_of(flags, [asked], stay, less)[0]
     return dict(model=model, flags=flags, x=x, image=image, surrogate=surrogate, request=request, retain=retain,
                 cfg=cfg, fix=fix, problem=problem, few=few, report=report, before=before, after=after, worded=worded,
                 torch=torch)
