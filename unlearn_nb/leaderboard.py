@@ -123,7 +123,11 @@ RULE = ("six settings on the first tuning seed; while the best has the largest o
 # %% ../nbs/workshop/leaderboard.ipynb #run00001
 @dataclass(frozen=True)
 class Run:
-    "What a row is about."
+    """What a row is about.
+
+    >>> Run("naive", FIRST, {"lr": 1e-3}, seed=100, test=False).attacked
+    False
+    """
     name: str           # of the method
     block: str
     setting: dict       # fields of `Config`, arguments of the method
@@ -154,7 +158,10 @@ def subject(denoiser, seed):
 
 # %% ../nbs/workshop/leaderboard.ipynb #3e019a33
 class Board:
-    "A folder of rows about one model, and what its runs share: requests, what must stay, what the base model gives."
+    """A folder of rows about one model, and what its runs share: requests, what must stay, what the base model gives.
+    >>> Board(model, "board", budget=2).once("a", lambda: 5)
+    5
+    """
 
     def __init__(self, denoiser, folder, budget=50, methods=None):
         self.denoiser, self.folder, self.budget, self.kept = denoiser, Path(folder), budget, {}
@@ -170,7 +177,9 @@ class Board:
         if key not in self.kept: self.kept[key] = make()
         return self.kept[key]
 
-    def subject(self, seed): return self.once(("subject", seed), lambda: subject(self.denoiser, seed))
+    def subject(self, seed):
+        "(denoiser, request) of a seed, or of the name of a model in which a picture was planted."
+        return self.once(("subject", seed), lambda: subject(self.denoiser, seed))
 
     def row(self, run):
         "What a `Run` gives: known, or made now and written to its file."
@@ -263,7 +272,11 @@ def run_row(board, run, method, cfg):
 
 # %% ../nbs/workshop/leaderboard.ipynb #ead45d0d
 def score(rows):
-    "How good a setting is, by `RULE`: a pair to be compared. rows: of one setting, on one seed or more."
+    """How good a setting is, by `RULE`: a pair to be compared. rows: of one setting, on one seed or more.
+
+    >>> score([{"F": .9, "psnr_median": 31., "seed": 100}]), score([{"diverged": "at step 3"}])
+    ((0.7, 31.0), (-1.0, 0.0))
+    """
     if any("diverged" in row for row in rows): return -1., 0.
     return tuple(sum(values) / len(rows) for values in ((min(row["F"], ENOUGH) for row in rows),
                                                         (row["psnr_median"] for row in rows)))
