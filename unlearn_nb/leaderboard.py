@@ -274,8 +274,8 @@ def run_row(board, run, method, cfg):
 def score(rows):
     """How good a setting is, by `RULE`: a pair to be compared. rows: of one setting, on one seed or more.
 
-    >>> score([{"F": .9, "psnr_median": 31., "seed": 100}]), score([{"diverged": "at step 3"}])
-    ((0.7, 31.0), (-1.0, 0.0))
+    >>> score([{"F": .5, "psnr_median": 31.}]), score([{"diverged": "at step 3"}])
+    ((0.5, 31.0), (-1.0, 0.0))
     """
     if any("diverged" in row for row in rows): return -1., 0.
     return tuple(sum(values) / len(rows) for values in ((min(row["F"], ENOUGH) for row in rows),
