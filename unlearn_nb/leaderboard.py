@@ -75,6 +75,7 @@ METHODS = {   # name: (method, six settings of `Config` and of the method)
     "Sculpting Memory": (sculpt, every(**RATES, beta=(.25, 2.5))),
     "paper": (paper, PAPER),
     "ours": (edit_weigh_project, OURS),
+    "ours without directions": (edit_weigh_project, OURS),
     "ours without edit": (no_edit, OURS),
     "ours without weight": (edit_weigh_project, [s | {"weight": "unit_v"} for s in OURS]),
     "ours without surgery": (edit_weigh_project, [s | {"surgery": "plain"} for s in OURS]),
@@ -89,8 +90,8 @@ BLOCKS = {   # name: what a method is given beside its own idea, as fields of `C
 
 # %% ../nbs/workshop/leaderboard.ipynb #b10cks01
 FIRST, *LENT = BLOCKS
-ONLY = {"paper": (FIRST,), "pruning": (FIRST, LENT[0]), "ours": (*LENT,)}   # these are not in all blocks
-ONLY |= {name: LENT[1:] for name in METHODS if name.startswith("ours without")}
+ONLY = {"paper": (FIRST,), "pruning": (FIRST, LENT[0])}   # these are not in all blocks
+ONLY |= {name: LENT[1:] for name in METHODS if name.startswith("ours")} | {"ours without directions": LENT[:1]}
 
 def blocks_of(name, blocks=tuple(BLOCKS)):
     "Those of the blocks in which a method is run, in order."
