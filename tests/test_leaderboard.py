@@ -34,7 +34,8 @@ def test_six_settings_each():
 
 def test_blocks_lend_what_they_say():
     assert L.blocks_of("ours") == ["everything"] and L.blocks_of("paper") == ["as published"]
-    assert L.blocks_of("ours without edit") == ["everything"] and L.blocks_of("ours without directions") == ["our keeping"]
+    assert L.blocks_of("ours without edit") == ["everything"]
+    assert L.blocks_of("ours without directions") == ["our keeping"]
     assert L.blocks_of("DUO", ("everything", "as published")) == ["as published", "everything"]
     for block, damping, near in zip(BLOCKS, (0., 0., Config.damping), (0, Config.near_images, Config.near_images)):
         cfg, rest = L.split(L.Run("x", block, {"lr": 1., "c": 2.}, 5, False), 7)
