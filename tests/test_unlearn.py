@@ -482,11 +482,12 @@ def test_a_retain_gradient_of_zero_has_no_ratio():
 
 
 def test_the_preset_goes_by_family_and_the_pieces_by_size():
-    def sized(side, words=False, schedule=None, dtype=torch.float32, widest=112):
+    def sized(side, words=False, schedule=None, dtype=torch.float32, widest=112, vae=None):
         net = SimpleNamespace(config=SimpleNamespace(block_out_channels=(32, widest)))
         words = {"": 0} if words else {}
-        return SimpleNamespace(schedule=schedule, prompts=words, shape=(4, side, side), dtype=dtype, net=net)
+        return SimpleNamespace(schedule=schedule, prompts=words, shape=(4, side, side), dtype=dtype, net=net, vae=vae)
     for name, model, pieces in (("pixels", sized(32), 32), ("pixels", sized(256), 2), ("unet", sized(64, True), 4),
+                                ("latents", sized(32, vae="one"), 32),
                                 ("transformer", sized(16, True, Flow(1000)), 32),
                                 ("transformer", sized(128, True, Flow(1000), torch.bfloat16), 1)):
         size = dict(micro_batch=pieces, gradient_checkpointing=pieces < 32,
@@ -494,7 +495,7 @@ def test_the_preset_goes_by_family_and_the_pieces_by_size():
         assert Config.of(model, steps=7) == Config(**PRESETS[name] | size | {"steps": 7}), name
     lr = [Config.of(sized(32, widest=widest)).lr for widest in (28, 112, 224)]
     assert lr == [.006, .006, .003] and Config.of(sized(64, True, widest=224)).lr == PRESETS["unet"]["lr"]
-    assert {*PRESETS} == {"pixels", "unet", "transformer"} and Config().many(1) == Config()
+    assert {*PRESETS} == {"pixels", "unet", "latents", "transformer"} and Config().many(1) == Config()
     assert [Config().many(4).steps, Config().many(4).near_images] == [100, 32]
 
 

@@ -89,8 +89,10 @@ WORDS = dict(steps=60, forget_batch=8, retain_batch=36, t_min=0, weight="unit_x0
 PRESETS = {   # by family
     # a UNet of pixels, without words, such as the built-in `faces` and google/ddpm-celebahq-256: the defaults
     "pixels": {},
-    # a UNet of latents, such as Stable Diffusion 1, 2 and XL: a LoRA along free directions
+    # with words or classes, such as Stable Diffusion 1, 2 and XL: a LoRA along free directions
     "unet": WORDS,
+    # a UNet of latents, without words: the same, pushed harder
+    "latents": WORDS | dict(lr=1.5e-2),
     # a transformer that follows a flow, such as Stable Diffusion 3 and the built-in `flags`
     "transformer": WORDS | dict(t_max=600),
 }
@@ -101,7 +103,8 @@ def family(denoiser):
     >>> family(model), family(flags)
     ('pixels', 'transformer')
     """
-    return "transformer" if isinstance(denoiser.schedule, Flow) else "unet" if denoiser.prompts else "pixels"
+    return "transformer" if isinstance(denoiser.schedule, Flow) else \
+        "unet" if denoiser.prompts else "latents" if denoiser.vae else "pixels"
 
 @patch
 def many(self: Config, n: int) -> Config:
