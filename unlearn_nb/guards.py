@@ -209,7 +209,7 @@ ERASERS = {   # name: (function, settings that were best for `flags` on another 
     "ESD": (trained, SHORT | dict(method=esd, lr=0.001, part='all')),
     "KSCU": (trained, SHORT | dict(method=esd, first=.3, lr=0.001, part='all')),
     "Concept Ablation": (trained, SHORT | dict(method=concept_ablation, lr=0.001)),
-    "SPM": (membrane, SHORT | dict(lr=0.01, hold=10.0)),
+    "SPM": (membrane, SHORT | dict(lr=0.03, hold=100.0)),
     "FADE": (trained, SHORT | dict(method=fade, lr=0.002)),
 }
 
