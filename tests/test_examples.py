@@ -42,6 +42,7 @@ WITHOUT = {   # public names without an example, and why
     'leaderboard.board_table': 'shows what `leaderboard` gives',
     'leaderboard.board_figure': 'shows what `leaderboard` gives',
     'leaderboard.read_board': 'reads what `leaderboard` writes',
+    'forward_only.Edits': 'its cell is full; the examples of `zeroth` and `least_squares` move one',
     'studio.Studio.*': 'its buttons; the example of `Studio` presses them',
     'studio.View.*': 'what the widget does by itself; tests/test_browser.py has its page',
     'studio.Worker.*': 'the example of `Worker` starts it',

@@ -26,11 +26,19 @@ from .unlearn import Config, Problem, check, check_retain, least_strength, move,
 
 # %% ../nbs/22_forward_only.ipynb #f0c4c384
 def by_row(v, w):
-    "Numbers v [O], one for each row of w [O, ...]."
+    """Numbers v [O], one for each row of w [O, ...].
+
+    >>> by_row(torch.ones(8), torch.zeros(8, 3, 3, 3)).shape
+    torch.Size([8, 1, 1, 1])
+    """
     return v.view(-1, *[1] * (w.dim() - 1))
 
 def quantize(w):
-    "Weight [O, ...] -> (int8 [O, ...] from -127 to 127, scale [O]); their product is w, to half a scale."
+    """Weight [O, ...] -> (int8 [O, ...] from -127 to 127, scale [O]); their product is w, to half a scale.
+
+    >>> quantize(torch.tensor([[1., -2., .5]]))[0].tolist()
+    [[64, -127, 32]]
+    """
     w = w.detach().float()
     scale = w.flatten(1).abs().amax(1).clamp(min=1e-12) / 127
     return (w / by_row(scale, w)).round().to(torch.int8), scale
@@ -56,7 +64,11 @@ def layers(net):
 
 # %% ../nbs/22_forward_only.ipynb #f05709f5
 def int8(denoiser):
-    "The same model with the weights of its convolutions and linear layers in int8; it shares the rest with the first."
+    """The same model with the weights of its convolutions and linear layers in int8; it shares the rest with the first.
+
+    >>> int8(model).net.conv_in.parametrizations.weight.original0.dtype
+    torch.int8
+    """
     light = copy(denoiser)
     memo = {id(w): nn.Parameter(w.detach(), requires_grad=False) for w in denoiser.net.parameters()}
     light.net, light.base, light.hotfixes, light.pool = deepcopy(denoiser.net, memo), {}, [], {}
@@ -66,29 +78,49 @@ def int8(denoiser):
 
 # %% ../nbs/22_forward_only.ipynb #f016f113
 def put(form, theta):
-    "Bring a net to the numbers theta [D], all `params` of its form in one row."
+    """Bring a net to the numbers theta [D], all `params` of its form in one row.
+
+    >>> put(problem.parametrization, torch.zeros(sum(p.numel() for p in problem.parametrization.params)))
+    """
     for p, v in zip(form.params, theta.split([p.numel() for p in form.params]), strict=True): p.copy_(v.view_as(p))
     form.write_weights()
 
 def direction(seed, step, k, theta):
-    "Direction number k of a step, standard normal, as theta [D]: drawn anew whenever it is asked for."
+    """Direction number k of a step, standard normal, as theta [D]: drawn anew whenever it is asked for.
+
+    >>> torch.equal(direction(0, 3, 1, torch.zeros(4)), direction(0, 3, 1, torch.zeros(4)))
+    True
+    """
     g = torch.Generator().manual_seed((seed * 1_000_003 + step) * 1009 + k + 1)
     return torch.randn(theta.shape, generator=g).to(theta)
 
 def slopes(loss, theta, n, nu, of):
-    "(loss at theta [D], its slopes along n directions of(k): [loss(theta + nu z) - loss(theta)] / nu) in n + 1 calls."
+    """(loss at theta [D], its slopes along n directions of(k): [loss(theta + nu z) - loss(theta)] / nu) in n + 1 calls.
+
+    >>> slopes(lambda theta: 2 * theta.sum(), torch.zeros(2), 1, .5, lambda k: torch.ones(2))
+    (tensor(0.), [tensor(4.)])
+    """
     here = loss(theta)
     return here, [(loss(theta + nu * of(k)) - here) / nu for k in range(n)]
 
 def estimate(found, of, D):
-    "Slopes along directions of(k) -> a gradient [D] as long as the true one, in the mean of squares."
+    """Slopes along directions of(k) -> a gradient [D] as long as the true one, in the mean of squares.
+
+    >>> estimate([4.], lambda k: torch.ones(2), 2)
+    tensor([2., 2.])
+    """
     n = len(found)
     return sum(p * of(k) for k, p in enumerate(found)) / n * (n / (D + n + 1)) ** .5
 
+# %% ../nbs/22_forward_only.ipynb #0ffspan1
 def off(g, history, share=1e-3):
     """g [D] without the directions in which a history [H, D] of numbers hardly moved.
 
-    Of its principal components (each number in units of its own spread) those beyond 1 - share of the variance."""
+    Of its principal components (each number in units of its own spread) those beyond 1 - share of the variance.
+
+    >>> off(torch.ones(3), torch.randn(4, 3)).shape
+    torch.Size([3])
+    """
     x = (history - history.mean(0)) / history.std(0).clamp(min=1e-12)
     _, s, V = torch.linalg.svd(x, full_matrices=False)
     seen = (s.square() / s.square().sum()).cumsum(0)
@@ -129,7 +161,11 @@ def layer_edits(problem, n=12, damping=.01, step=0):
     """{layer: (B [O, 1], A [1, K])}: the change of rank one by which a layer would give, at n forget states, nearly
     what it gives at their twins, which are moved to the surrogate, and leave what it gives at n retain states.
 
-    By forward passes alone. Layers that see no picture are left out. step: another one draws other states."""
+    By forward passes alone. Layers that see no picture are left out. step: another one draws other states.
+
+    >>> len(layer_edits(problem, n=2))
+    51
+    """
     d, g, found = problem.denoiser, step_generator(problem.cfg.seed, 10 ** 6 + step), {}
     x_f, twin, t, *cond = pairs(problem, n, g)
     kept = draw(problem.retain, n, g)
@@ -161,7 +197,7 @@ def lora_of(factors, shapes, part):
 
 # %% ../nbs/22_forward_only.ipynb #f0833bbb
 class Edits:
-    "The change of an `int8` model that is a sum of `layer_edits`, each with a number of its own: these are what moves."
+    "The change of an `int8` model: a sum of `layer_edits`, each times a number of its own, which are what moves."
     names = ["theta"]
 
     def __init__(self, light, factors):
@@ -170,6 +206,7 @@ class Edits:
         self.start(0.)
 
     def start(self, value):
+        "All numbers at a value."
         sizes = [len(A) for _, A in self.factors.values()]
         self.params = [torch.full((sum(sizes),), value, device=next(iter(self.factors.values()))[1].device)]
         self.write_weights()
@@ -194,9 +231,8 @@ class Edits:
 
     def delta(self):
         "The change as a LoRA, fp16 on the CPU, as a `Hotfix` keeps it."
-        whole = self.whole()
-        shapes = {name: self.layers[name].parametrizations.weight.original0.shape for name in whole}
-        return lora_of(whole, shapes, self.part)
+        def shape(name): return self.layers[name].parametrizations.weight.original0.shape
+        return lora_of(whole := self.whole(), {name: shape(name) for name in whole}, self.part)
 
 # %% ../nbs/22_forward_only.ipynb #f0392201
 def forward_problem(light, requests, retain, cfg):
@@ -225,7 +261,12 @@ def errors(problem, batch, w):
 def zeroth(problem, n=2, nu=1e-3, every=128, rho=1., watch=None):
     """Zeroth-order steps after ZOODiP (arXiv 2503.14868), `cfg.steps` of them; returns the log.
 
-    A step: one batch, n + 1 forward passes of it. every: steps after which the subspace is found anew (0: never)."""
+    A step: one batch, n + 1 forward passes of it. every: steps after which the subspace is found anew (0: never).
+
+    >>> light = forward_problem(int8(model), [request], retain, cfg)
+    >>> len(zeroth(light, n=1))
+    2
+    """
     cfg, form = problem.cfg, problem.parametrization
     opt = torch.optim.Adam(form.params, lr=cfg.lr, eps=1e-7)
     w_f, w_r, log, history, old = weights.get(cfg.weight), weights.get(cfg.retain_weight), [], [], None
@@ -253,7 +294,11 @@ def zeroth(problem, n=2, nu=1e-3, every=128, rho=1., watch=None):
 FAR = 1., .5, .25, .1   # shares of a step that are tried
 
 def differences(f, theta, nu):
-    "(f(theta) [M], its Jacobian [D, M] by a step of nu in each of the D numbers) in D + 1 calls."
+    """(f(theta) [M], its Jacobian [D, M] by a step of nu in each of the D numbers) in D + 1 calls.
+
+    >>> differences(lambda theta: theta.square(), torch.tensor([1.]), 1.)
+    (tensor([1.]), tensor([[3.]]))
+    """
     here, J = f(theta), []
     for k in range(len(theta)):
         there = theta.clone()
@@ -267,7 +312,12 @@ def least_squares(problem, rounds=4, rho=1., nu=1e-2, damping=.01, values=8192, 
     """Gauss-Newton steps from differences of the answers; returns the log.
 
     A round: one batch, D + 1 forward passes of it; then four of another batch, to see how far the step may go; then
-    the layers are asked anew for edits. rho: how much what must stay counts. values: of a batch's answers are kept."""
+    the layers are asked anew for edits. rho: how much what must stay counts. values: of a batch's answers are kept.
+
+    >>> light = forward_problem(int8(model), [request], retain, cfg)
+    >>> least_squares(light, rounds=1, values=64)[0]["far"] <= 1
+    True
+    """
     cfg, form, log = problem.cfg, problem.parametrization, []
     w_f, w_r = weights.get(cfg.weight), weights.get(cfg.retain_weight)
     def batches(g): return (problem.forget_batch(g), w_f, 1.), (problem.retain_batch(g), w_r, rho)
@@ -298,7 +348,11 @@ def forward_only(denoiser, requests, retain=None, cfg=Config(), *, method=least_
     """As `unlearn`, on an `int8` copy of the model and without any backward pass: a `Hotfix` for the model itself.
 
     method: `least_squares` or `zeroth`. describe: for the least strength (None: all of
-    it). Bad input: ValueError, one sentence."""
+    it). Bad input: ValueError, one sentence.
+
+    >>> forward_only(model, request, retain, cfg, method=zeroth).card["method"]
+    'zeroth'
+    """
     start, requests = time.monotonic(), Request.as_list(requests)
     check(denoiser, requests, cfg), check_retain(denoiser, retain)
     light = int8(denoiser)
