@@ -412,10 +412,12 @@ SHOWN = {   # column: (key of a summary, digits)
 HEAD = ("method", *SHOWN, "p", "setting")
 
 # %% ../nbs/workshop/leaderboard.ipynb #4cac0f78
-def board_table(results):
-    "A block of the board as a `Table`, the largest area first; results: {method: {setting, rows, planted}}."
+def board_table(results, ours=None):
+    """A block of the board as a `Table`, the largest area first; results: {method: {setting, rows, planted}}.
+
+    ours: the test rows that p is beside (default: those of `ours` in this block)."""
     made = {name: summary(result["rows"], result.get("planted", ())) for name, result in results.items()}
-    ours, rows = results.get("ours", {}).get("rows", ()), []
+    ours, rows = ours or results.get("ours", {}).get("rows", ()), []
     for name in sorted(made, key=lambda name: -made[name]["area"] if made[name] else 1):
         result, m = results[name], made[name]
         searched = [row["setting"] for row in result.get("search", [])]   # what was the same in all says nothing
