@@ -618,11 +618,11 @@ def asked_for(f):
 @option("--out", kind=FOLDER, required=True, unit="FOLDER", what=OUT)
 @option("--keep", multiple=True, unit="WORDS", show_default="of no words; of 'flags', all flags; of classes, all",
         what="Pictures of these words must stay, beside those of --prompt. May be given several times.")
-@option("--steps", kind=COUNT, unit="N", show_default="50; of a model with words 60",
+@option("--steps", kind=COUNT, unit="N", show_default="50; of words, classes or latents 60",
         what="Updates of the weights.")
-@option("--lr", kind=click.FloatRange(0, min_open=True), unit="X", show_default="6e-3; of a model with words 1e-2",
+@option("--lr", kind=click.FloatRange(0, min_open=True), unit="X", show_default="6e-3; of words 1e-2, of latents 1.5e-2",
         what="How far the weights move in a step, at most.")
-@option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; of a model with words 16",
+@option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; of words, classes or latents 16",
         what="Write a LoRA of this rank, a small file; 0: whole weights.")
 @option("--hotfix", "folders", kind=FOLDER, multiple=True, unit="FOLDER",
         what="Go on from the model with this hotfix; what its receipt (FOLDER-private) holds stays forgotten. "
