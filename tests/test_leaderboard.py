@@ -21,7 +21,7 @@ quiet = dict(echo=lambda line: None)
 
 def row(F=.8, psnr=30., seed=100, **kw):
     "A row of a test."
-    return {"F": F, "psnr_median": psnr, "psnr_p5": psnr - 5, "cosine_median": .9, "near": None, "fails": [],
+    return {"F": F, "psnr_median": psnr, "psnr_p5": psnr - 5, "cosine_median": .9, "fails": [],
             "quality": {"kid_before": 0., "kid_after": .01}, "core_seconds": 1., "evaluations": 8, "setting": {},
             "seed": seed, "test": True} | kw
 

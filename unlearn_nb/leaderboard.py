@@ -224,11 +224,10 @@ def found(report, u, test):
     drift = kept["all"] if not report["regeneration"] else kept   # copies of what was planted shall change
     row = {"F": forgotten(report, u), "psnr_median": drift["psnr_median"]}
     if not test: return row
-    near = report["preserve"].get("near neighbours", {}).get("psnr_median")
     failed = [v["name"] for v in report["verdicts"] if v["verdict"] == "fails"]
     told = {k: report[k] for k in ("forget", "regeneration", "quality")}
     same = {k: drift[k] for k in ("psnr_p5", "cosine_median")}
-    return row | same | {"near": near, "fails": failed} | told
+    return row | same | {"fails": failed} | told
 
 # %% ../nbs/workshop/leaderboard.ipynb #67490ee3
 @contextmanager
@@ -393,7 +392,7 @@ def summary(rows, by_heart=()):
     out = {}
     for k, f in {"F": lambda r: min(1., max(0., r["F"])), "psnr": lambda r: r["psnr_median"], "area": area}.items():
         out[k], out[f"{k}_width"] = mean(f, rows if f is area else good)
-    for k in ("psnr_p5", "cosine_median", "near", "evaluations"): out[k] = mean(lambda r: r[k])[0]
+    for k in ("psnr_p5", "cosine_median", "evaluations"): out[k] = mean(lambda r: r[k])[0]
     out["kid_change"] = mean(lambda r: r["quality"]["kid_after"] - r["quality"]["kid_before"])[0]
     out["passes"] = sum(not row["fails"] for row in good)
     said = [said for row in (*good, *by_heart) for _, said in row.get("attacks", {}).values()]
@@ -406,7 +405,7 @@ def summary(rows, by_heart=()):
 # %% ../nbs/workshop/leaderboard.ipynb #bhead001
 SHOWN = {   # column: (key of a summary, digits)
     "F": ("F", 2), "+-": ("F_width", 2), "PSNR, dB": ("psnr", 1), "+- dB": ("psnr_width", 1),
-    "5 %": ("psnr_p5", 1), "near, dB": ("near", 1), "KID change": ("kid_change", 3), "area": ("area", 1),
+    "5 %": ("psnr_p5", 1), "KID change": ("kid_change", 3), "area": ("area", 1),
     "rule holds": ("passes", 0), "attacks hold": ("attacks", 2), "copies gone": ("gone", 2),
     "planted, dB": ("gone_psnr", 1), "evaluations": ("evaluations", 0)}
 HEAD = ("method", *SHOWN, "p", "setting")
