@@ -699,8 +699,10 @@ def test_help_names_the_defaults_of_config(capsys):
         out = " ".join(capsys.readouterr().out.split())
         assert f"Updates of the weights. [default: ({cfg.steps}" in out
     for name in ("steps", "rank"):
-        assert f"({getattr(cfg, name)}; of a model with words {words[name]})" in out
-        assert PRESETS["transformer"][name] == words[name] and name not in PRESETS["pixels"]
+        assert f"({getattr(cfg, name)}; of words, classes or latents {words[name]})" in out
+        assert PRESETS["transformer"][name] == PRESETS["latents"][name] == words[name] and name not in PRESETS["pixels"]
+    rates = [PRESETS[name]["lr"] for name in ("unet", "transformer", "latents")]
+    assert (cfg.lr, *rates) == (6e-3, 1e-2, 1e-2, 1.5e-2) and "(6e-3; words 1e-2, latents 1.5e-2)" in out
 
 
 def test_python_m_is_the_command():
