@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from test_baselines import TINY, request_of, tiny
 from unlearn_nb import leaderboard as L
 from unlearn_nb.leaderboard import (BLOCKS, METHODS, RULE, Board, beyond_edge, board_figure, board_table, forgotten,
-                                    leaderboard, read_board, score, short, sign_flip, summary, tune_and_test)
+                                    invited, judge, leaderboard, read_board, score, short, sign_flip, summary, tune)
 from unlearn_nb.unlearn import Config
 
 RATES = [s["lr"] for s in METHODS["naive"][1][:4]]
@@ -51,16 +51,14 @@ def test_settings_of_a_later_block_are_made_from_what_was_chosen_before():
     assert L.settings_of(own, "as published") == own == L.settings_of(own, "our keeping")
     assert [s["lr"] for s in L.settings_of(own, "everything")] == pytest.approx([1e-2, 2e-2])
     made = L.settings_of(own, "everything", ("our keeping", {"lr": 3e-4, "c": .7}))
-    assert sorted({s["lr"] for s in made}) == pytest.approx([1e-3, 3e-3, 9e-3]) and len(made) == 6
-    assert {s["path_share"] for s in made} == {.5, 1.} and {s["c"] for s in made} == {.7}
+    assert [s["lr"] for s in made] == pytest.approx([1e-3, 3e-3, 9e-3]) and {s["c"] for s in made} == {.7}
     made = L.settings_of(own, "our keeping", ("as published", {"lr": 3e-4}))
     assert max(s["lr"] for s in made) == pytest.approx(9e-4)
 
 
 def test_the_score_follows_the_rule():
-    assert score([row(1., 25)]) > score([row(.8, 40)]) and score([row(1., 25)]) < score([row(.92, 26)])
-    assert score([row(), {"diverged": "at step 3"}]) == (-1., 0.)
-    assert score([row(.95, 25, "planted-1")]) > score([row(.85, 40, "planted-1")])
+    assert score([row(1.5, 33)]) == score([row(1., 33)]) == 20. < score([row(.8, 40)]) == pytest.approx(21.6)
+    assert score([row(), {"diverged": "at step 3"}]) == score([row()]) / 2 and score([row(-.1)]) == 0.
 
 
 def test_forgotten_is_as_if_never_learned():
@@ -87,12 +85,16 @@ def test_the_sign_flip_test_is_that_of_scipy(d):
 
 
 def test_summary_table_and_figure():
-    m = summary([row(.8, 30), row(1.2, 34), {"diverged": "at step 1"}], [row(.9, 31, "planted-2")])
+    def told(*rows, **kw): return summary({"rows": rows} | kw)
+    m = told(row(.8, 30), row(1.2, 34), {"diverged": "at step 1"}, planted=[row(.9, 31, "planted-2")])
     assert m["F"] == pytest.approx(.9) and m["psnr"] == pytest.approx(32) and m["gone"] == .9
-    assert m["kid_change"] == pytest.approx(.01) and summary([{"diverged": ""}]) is None
+    assert m["kid_change"] == pytest.approx(.01) and told({"diverged": ""}) is None
     attacks = {"A1 reconstruction": [.2, "holds"], "A13 deletion": [.025, "conspicuous"]}
-    assert summary([row(attacks=attacks)])["attacks"] == .5 and m["attacks"] is None
+    assert told(row(attacks=attacks))["attacks"] == .5 and m["attacks"] is None
     assert m["area"] == pytest.approx((.8 * 17 + 21) / 3)   # a run that diverged dominates nothing
+    tried = [{"F": .7, "psnr_median": 33., "evaluations": 8, "setting": {"lr": lr}, "test": False} for lr in (1., 1., 2.)]
+    n = told(search=tried + [tried[2] | {"F": .1}])   # searched and not tested
+    assert (n["F"], n["tests"], n["passes"], n["psnr_p5"]) == (pytest.approx(.7), 0, None, None) and m["tests"] == 2
     name = "a name that is longer than its column"
     results = {name: {"setting": {"lr": 1.}, "rows": [row(psnr=20), row(psnr=21, seed=101)]},
                "ours": {"setting": {}, "rows": [row(), row(seed=101)]},
@@ -133,7 +135,7 @@ def test_a_board_is_computed_once(small, tmp_path, monkeypatch):
     assert len(list((tmp_path / "a/rows").iterdir())) == 5
     results = leaderboard(small, tmp_path / "a", **what)
     each = [len(r["search"]) + 2 for made in results.values() for r in made.values()]
-    assert len(each) == 4 and all(4 + 1 + 2 <= n <= 6 + 2 + 2 + 2 for n in each)
+    assert len(each) == 4 and all(3 + 1 + 2 <= n <= 6 + 2 + 2 + 2 for n in each)
     assert len(runs) == (done := sum(each)) + 1
     assert any("h left" in line for line in said)
     assert leaderboard(small, tmp_path / "a", **what) == results and len(runs) == done + 1
@@ -192,7 +194,7 @@ def test_a_run_that_diverges_is_a_row(small, tmp_path, monkeypatch):
     def explode(*_, **__): raise FloatingPointError("the gradient is not finite at step 0")
     monkeypatch.setattr(L, "unlearn", explode)
     r = Board(small, tmp_path, budget=1).row(L.Run("NegGrad", "as published", METHODS["NegGrad"][1][0], 5, False))
-    assert "step 0" in r["diverged"] and score([r]) == (-1., 0.) and not small.net._forward_hooks
+    assert "step 0" in r["diverged"] and score([r]) == 0. and not small.net._forward_hooks
 
 
 def test_evaluations_count_what_goes_forward_and_back(small):
@@ -212,7 +214,7 @@ def test_evaluations_count_what_goes_forward_and_back(small):
 
 # --- the search ---
 
-def searched(small, tmp_path, monkeypatch, gives, echo=quiet["echo"], by_heart=()):
+def searched(small, tmp_path, monkeypatch, gives, echo=quiet["echo"], planted=()):
     "The search of `naive` where gives(lr, seed) is a row: (result, learning rates in the order of their runs)."
     runs = []
     def fake(self, run):
@@ -220,7 +222,8 @@ def searched(small, tmp_path, monkeypatch, gives, echo=quiet["echo"], by_heart=(
         return gives(run.setting["lr"], run.seed) | {"seed": run.seed, "setting": run.setting}
     monkeypatch.setattr(Board, "row", fake)
     board = Board(small, tmp_path)
-    return tune_and_test(board, "naive", "as published", None, (7, 8), (5,), by_heart, echo), runs
+    tried = tune(board, "naive", "as published", None, (7, 8), echo)
+    return judge(board, "naive", "as published", tried, (5,), planted, echo), runs
 
 
 def test_a_setting_that_diverges_loses_and_the_search_goes_on(small, tmp_path, monkeypatch):
@@ -240,13 +243,13 @@ def test_the_best_setting_is_chosen_by_the_rule(small, tmp_path, monkeypatch):
     assert [r["setting"]["lr"] for r in result["rows"]] == [RATES[2]] and len(result["search"]) == 6
 
 
-def test_pictures_learned_by_heart_choose_among_the_three_best(small, tmp_path, monkeypatch):
+def test_pictures_learned_by_heart_choose_among_the_two_best(small, tmp_path, monkeypatch):
     "On the first of them; the others are the test."
     F, psnr = dict(zip(RATES, (.2, .95, .92, .92))), dict(zip(RATES, (50., 30., 28., 20.)))
-    def gives(lr, seed): return row(F[lr] if isinstance(seed, int) else .95, psnr[lr] if isinstance(seed, int) else lr)
-    result, runs = searched(small, tmp_path, monkeypatch, gives, by_heart=("planted-1", "planted-2", "planted-3"))
-    assert runs[-5:] == [RATES[1], RATES[2], RATES[3], RATES[3], RATES[3]]
-    assert [r["seed"] for r in result["planted"]] == ["planted-1"] * 3 + ["planted-2", "planted-3"]
+    def gives(lr, seed): return row(F[lr], psnr[lr]) if isinstance(seed, int) else row(.95, 30 + lr, seed)
+    result, runs = searched(small, tmp_path, monkeypatch, gives, planted=("planted-1", "planted-2", "planted-3"))
+    assert runs[-4:] == [RATES[1], RATES[2], RATES[2], RATES[2]]
+    assert [r["seed"] for r in result["planted"]] == ["planted-1"] * 2 + ["planted-2", "planted-3"]
 
 
 @pytest.mark.parametrize("up, expected", [(1, (3, 9)), (-1, (1 / 3, 1 / 9))])
@@ -289,10 +292,19 @@ def test_what_cannot_be_compared_is_refused(small, tmp_path):
         with pytest.raises(ValueError, match=words): leaderboard(small, tmp_path, **what)
 
 
+def test_the_six_best_of_a_block_and_their_like_are_tested():
+    def tuned(F): return [({"lr": 1.}, [row(F, 43.), row(F, 33.)]), ({"lr": 2.}, [row(1., 60.)])]
+    rivals = {f"r{k}": tuned(k / 10) for k in range(1, 10)}
+    also = {name: tuned(0.) for name in ("SISS", "ReTrack", "paper", "ours", "ours without edit")}
+    assert set(invited(rivals | also)) == {f"r{k}" for k in range(4, 10)} | set(also)
+    assert len(invited(rivals)) == L.TESTED and invited({"SISS": tuned(.9)}) == ["SISS"]
+    assert [L.by_heart(block) for block in BLOCKS] == [True, False, True]
+
+
 # --- the board that ships ---
 
 def test_the_shipped_board_follows_its_rule():
-    "Of each method in it all settings, and the test seeds; and what was chosen is what the rule chooses."
+    "Of each method in it all settings, and who is invited has the test seeds; what was chosen is what the rule chooses."
     file = files("unlearn_nb") / "assets/leaderboard.json"
     board, results = json.loads(file.read_text()), read_board(file)
     assert board["rule"] == RULE and "ours" in results["everything"]
@@ -301,11 +313,13 @@ def test_the_shipped_board_follows_its_rule():
         for name, result in made.items():
             tried = {}
             for r in result["search"]: tried.setdefault(key(r["setting"]), {})[r["seed"]] = r
-            assert 6 <= len(tried) <= 8 and all(L.TUNING[0] in rows for rows in tried.values()), (block, name)
+            first = block == "as published" or name.startswith("ours")
+            assert (6 if first else 3) <= len(tried) <= (8 if first else 5), (block, name)
+            assert all(L.TUNING[0] in rows for rows in tried.values()), (block, name)
             whole = [list(rows.values()) for rows in tried.values() if tuple(rows) == L.TUNING]
             picked = tried[key(result["setting"])]
             assert len(whole) == 2 and score([*picked.values()]) == max(map(score, whole)), (block, name)
-            assert [r["seed"] for r in result["rows"]] == list(L.TESTS), (block, name)
+            assert [r["seed"] for r in result["rows"]] in ([], list(L.TESTS)), (block, name)
             assert all(key(r["setting"]) == key(result["setting"]) for r in result["rows"]), (block, name)
 
 

@@ -118,13 +118,12 @@ ATTACKS = "A1", "A2", "A3", "A11", "A13"   # those that cost least: rebuilt, oth
 ATTACKED = 1   # of the test seeds, from the first on
 TESTED = 6   # of the rivals in a block
 AT_HOME = "SISS", "ReTrack"   # made for pictures learned by heart
-ENOUGH = .9   # forgotten
 CHANCE = 13.   # dB between pictures of different seeds: nothing is kept
 COEFFICIENTS = ("lr", "c", "eta", "alpha", "lam", "beta", "rho", "share")
 RULE = ("six settings (three in a later block) on the first tuning seed; while the best has the largest or smallest "
         "value tried of a coefficient, that value three times further, at most two more; the best two on the other "
         "tuning seeds; the best of these on the test seeds, of the six rivals with the largest areas on the tuning "
-        "seeds, ours, paper, SISS and ReTrack; better: larger min(F, .9), then larger median PSNR")
+        "seeds, ours, paper, SISS and ReTrack; better: a larger area, min(F, 1) x (median PSNR - 13 dB), in the mean")
 
 # %% ../nbs/workshop/leaderboard.ipynb #run00001
 @dataclass(frozen=True)
@@ -282,15 +281,19 @@ def run_row(board, run, method, cfg):
     return row
 
 # %% ../nbs/workshop/leaderboard.ipynb #ead45d0d
-def score(rows):
-    """How good a setting is, by `RULE`: a pair to be compared. rows: of one setting, on one seed or more.
+def area(row):
+    "F x decibels above chance of a row; F between 0 and 1. A run that diverged has none."
+    if "diverged" in row: return 0.
+    return min(1., max(0., row["F"])) * max(0., row["psnr_median"] - CHANCE)
 
-    >>> score([{"F": .5, "psnr_median": 31.}]), score([{"diverged": "at step 3"}])
-    ((0.5, 31.0), (-1.0, 0.0))
+# %% ../nbs/workshop/leaderboard.ipynb #845e6e8f
+def score(rows):
+    """How good a setting is, by `RULE`: its mean area. rows: of one setting, on one seed or more.
+
+    >>> score([{"F": .5, "psnr_median": 31.}, {"diverged": "at step 3"}])
+    4.5
     """
-    if any("diverged" in row for row in rows): return -1., 0.
-    return tuple(sum(values) / len(rows) for values in ((min(row["F"], ENOUGH) for row in rows),
-                                                        (row["psnr_median"] for row in rows)))
+    return sum(map(area, rows)) / len(rows)
 
 # %% ../nbs/workshop/leaderboard.ipynb #bey0nd01
 def beyond_edge(settings, best):
@@ -350,15 +353,10 @@ def tune(board, name, block, chosen=None, seeds=TUNING, echo=print):
 # %% ../nbs/workshop/leaderboard.ipynb #414b4ccc
 def by_heart(block): return block in (FIRST, LENT[-1])   # are pictures learned by heart part of it?
 
-def area(row):
-    "F x decibels above chance of a row; F between 0 and 1. A run that diverged has none."
-    if "diverged" in row: return 0.
-    return min(1., max(0., row["F"])) * max(0., row["psnr_median"] - CHANCE)
-
 def invited(tuned):
     "Who is tested in a block by `RULE`: names. tuned: {name: what `tune` gave}."
-    def dominates(name): return sum(map(area, tuned[name][0][1])) / len(tuned[name][0][1])
-    rivals = sorted((name for name in tuned if not name.startswith("ours")), key=dominates, reverse=True)
+    rivals = sorted((name for name in tuned if not name.startswith("ours")), key=lambda name: score(tuned[name][0][1]),
+                    reverse=True)
     also = [name for name in tuned if name in ("paper", *AT_HOME) or name.startswith("ours")]
     return [name for name in tuned if name in rivals[:TESTED] + also]
 
@@ -394,7 +392,8 @@ def at_budgets(denoiser, folder, picks, seeds=TESTS[:3], budgets=BUDGETS, method
 # %% ../nbs/workshop/leaderboard.ipynb #bchance1
 def shown(result):
     "The rows by which a method is shown: of the test seeds; where it was not tested, the chosen setting's in the search."
-    return result["rows"] or [row for row in result["search"] if row["setting"] == result["search"][0]["setting"]]
+    searched = result.get("search", ())   # the best setting first
+    return result["rows"] or [row for row in searched if row["setting"] == searched[0]["setting"]]
 
 # %% ../nbs/workshop/leaderboard.ipynb #c8306056
 def sign_flip(differences):
