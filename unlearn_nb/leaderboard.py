@@ -99,6 +99,7 @@ def blocks_of(name, blocks=tuple(BLOCKS)):
     return [block for block in BLOCKS if block in blocks and block in ONLY.get(name, BLOCKS)]
 
 def free(block): return "damping" not in BLOCKS[block]   # do the weights move in free directions?
+def by_heart(block): return block in (FIRST, LENT[-1])   # are pictures learned by heart part of it?
 
 def settings_of(settings, block, chosen=None):
     """The settings to try in a block: a method's own, or those around what was chosen in the block before.
@@ -161,13 +162,18 @@ def subject(denoiser, seed):
     request = Request(x_f, propose(d, x_f), own)
     return d, find_copies(d, request, pool=cfg.pool, steps=cfg.sampling_steps, describe=descriptor(d))
 
+# %% ../nbs/workshop/leaderboard.ipynb #99c81bfc
+def take_in(board):
+    "The rows of a board's folder that it does not have yet, those of other processes among them."
+    for file in (board.folder / "rows").glob("*.json"):
+        if file.stem not in board.rows: board.rows[file.stem] = json.loads(file.read_text())
+
 # %% ../nbs/workshop/leaderboard.ipynb #3e019a33
 class Board:
     """A folder of rows about one model, and what its runs share: requests, what must stay, what the base model gives.
     >>> Board(model, "board", budget=2).once("a", lambda: 5)
     5
     """
-
     def __init__(self, denoiser, folder, budget=50, methods=None):
         self.denoiser, self.folder, self.budget, self.kept = denoiser, Path(folder), budget, {}
         self.methods = METHODS if methods is None else methods
@@ -175,12 +181,7 @@ class Board:
         (self.folder / "rows").mkdir(parents=True, exist_ok=True)
         packed = self.folder / "leaderboard.json"
         self.rows = json.loads(packed.read_text())["rows"] if packed.exists() else {}
-        self.read()
-
-    def read(self):
-        "Take in the rows of the folder, those of other processes among them."
-        for file in (self.folder / "rows").glob("*.json"):
-            if file.stem not in self.rows: self.rows[file.stem] = json.loads(file.read_text())
+        take_in(self)
 
     def once(self, key, make):
         "What make() gave for the key, made the first time."
@@ -199,7 +200,7 @@ class Board:
         key = about | {"base": self.base, "code": code_sha256(self.methods[run.name][0]),
                        "config": {k: known_by(k, v) for k, v in vars(cfg).items()}}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        if digest not in self.rows: self.read()
+        if digest not in self.rows: take_in(self)
         if digest not in self.rows:
             begin, method = time.monotonic(), partial(lent(self.methods[run.name][0], run.block), **rest)
             row = short({"id": digest} | about | run_row(self, run, method, cfg))
@@ -309,14 +310,16 @@ def text(setting):
     "A setting in a few words."
     return ", ".join(f"{k}={v:.3g}" if isinstance(v, float) else f"{k}={v}" for k, v in setting.items())
 
+def always(name): return name in ("paper", *AT_HOME) or name.startswith("ours")   # tested, whatever the search gave
+
 def about(methods, blocks, seeds, planted):
     "How many runs a board has, more or less."
     n = 0
     for block in blocks:
         here = [name for name in methods if block in blocks_of(name)]
-        tests = min(len(here), TESTED + sum(name in ("paper", *AT_HOME) or name.startswith("ours") for name in here))
-        n += len(here) * (6 + 1 + 4 if block == FIRST else 3 + 1 + 4)
-        n += tests * (len(seeds) + (1 + len(planted) if planted and by_heart(block) else 0))
+        tested = min(len(here), TESTED + sum(map(always, here)))
+        n += len(here) * (6 + 1 + 4 if block == FIRST else 3 + 1 + 4)   # one beyond the edge, two on two other seeds
+        n += tested * (len(seeds) + (1 + len(planted) if planted and by_heart(block) else 0))
     return n
 
 def left(board, runs):
@@ -351,14 +354,11 @@ def tune(board, name, block, chosen=None, seeds=TUNING, echo=print):
     return sorted(best, key=lambda one: score(one[1]), reverse=True) + rest
 
 # %% ../nbs/workshop/leaderboard.ipynb #414b4ccc
-def by_heart(block): return block in (FIRST, LENT[-1])   # are pictures learned by heart part of it?
-
 def invited(tuned):
     "Who is tested in a block by `RULE`: names. tuned: {name: what `tune` gave}."
     rivals = sorted((name for name in tuned if not name.startswith("ours")), key=lambda name: score(tuned[name][0][1]),
                     reverse=True)
-    also = [name for name in tuned if name in ("paper", *AT_HOME) or name.startswith("ours")]
-    return [name for name in tuned if name in rivals[:TESTED] + also]
+    return [name for name in tuned if name in rivals[:TESTED] or always(name)]
 
 # %% ../nbs/workshop/leaderboard.ipynb #95db1650
 def judge(board, name, block, tried, seeds=TESTS, planted=PLANTED, echo=print):
@@ -391,7 +391,7 @@ def at_budgets(denoiser, folder, picks, seeds=TESTS[:3], budgets=BUDGETS, method
 
 # %% ../nbs/workshop/leaderboard.ipynb #bchance1
 def shown(result):
-    "The rows by which a method is shown: of the test seeds; where it was not tested, the chosen setting's in the search."
+    "The rows that a method is shown by: of the test seeds; where not tested, of the chosen setting in the search."
     searched = result.get("search", ())   # the best setting first
     return result["rows"] or [row for row in searched if row["setting"] == searched[0]["setting"]]
 
@@ -493,13 +493,15 @@ def front(made):
 
 def plot_block(ax, made, title):
     "Forgetting against what is kept, with intervals; five methods by name, and the front."
-    rivals = sorted((k for k in made if not k.startswith("ours w")), key=lambda k: -made[k]["area"])
+    rivals = sorted((k for k, m in made.items() if m["tests"] and not k.startswith("ours w")),
+                    key=lambda k: -made[k]["area"])
     named = ["ours" if "ours" in made else "paper"]
     named = [k for k in named if k in made] + [k for k in rivals if k not in named][:NAMED - 1]
     for name, m in made.items():
         marker, edge, inside = look(name, named, m["tests"])
-        ax.errorbar(m["F"], m["psnr"], m["psnr_width"], m["F_width"], fmt=marker, color=edge, mfc=inside,
-                    elinewidth=.8, zorder=3 if name in named else 2)
+        bars = (m["psnr_width"], m["F_width"]) if m["tests"] else ()   # three seeds that were chosen by: none
+        ax.errorbar(m["F"], m["psnr"], *bars, fmt=marker, color=edge, mfc=inside, elinewidth=.8,
+                    zorder=3 if name in named else 2)
     place_names(ax, [(made[k]["F"], made[k]["psnr"], k) for k in named], width=.45, height=1.8)
     best = front(made)
     ax.plot([m["F"] for m in best], [m["psnr"] for m in best], color="black", ls=":", lw=1, zorder=0)
@@ -541,7 +543,7 @@ def write_board(board, results):
     def ids(result):
         setting = {k: name_of(v) if callable(v) else v for k, v in result["setting"].items()}
         return {"setting": setting} | {k: [row["id"] for row in result[k]] for k in PARTS}
-    board.read()
+    take_in(board)
     file = board.folder / "leaderboard.json"
     old = json.loads(file.read_text())["results"] if file.exists() else {}
     made = {block: {name: ids(r) for name, r in results.get(block, {}).items()} for block in BLOCKS}
@@ -562,6 +564,16 @@ def chosen(methods):
             raise ValueError(f"method {name!r} is {str(entry)[:60]}; give a pair: a function problem -> step_gradient, "
                              "and a list of settings, such as [{'lr': 1e-3}]")
     return methods
+
+# %% ../nbs/workshop/leaderboard.ipynb #47b759fc
+def write_pages(folder, results):
+    "Write results as text, as a page and as a picture into a folder."
+    tables = {block: board_table(made) for block, made in results.items()}
+    write(folder / "leaderboard.txt", "\n\n".join(f"{k}\n{v!r}" for k, v in tables.items()).encode())
+    pages = "".join(f"<h2>{k}</h2>{v._repr_html_()}" for k, v in tables.items())
+    head = '<!DOCTYPE html><meta charset="utf-8"><title>Leaderboard</title>'
+    write(folder / "leaderboard.html", (head + pages).encode())
+    write(folder / "leaderboard.png", png_bytes(board_figure(results)))
 
 # %% ../nbs/workshop/leaderboard.ipynb #0482892f
 def leaderboard(denoiser: Denoiser, folder: str | Path,
@@ -591,14 +603,9 @@ def leaderboard(denoiser: Denoiser, folder: str | Path,
         results[block] = {name: judge(board, name, block, tried, (), (), echo) for name, tried in tuned.items()}
         for name in invited(tuned):
             echo(left(board, runs))
-            heart = planted if by_heart(block) else ()
+            heart = planted if by_heart(block) and not name.startswith("ours without") else ()
             results[block][name] = judge(board, name, block, tuned[name], seeds, heart, echo)
             write_board(board, results)
     results = {block: made for block, made in results.items() if made}
-    tables = {block: board_table(made) for block, made in results.items()}
-    write(board.folder / "leaderboard.txt", "\n\n".join(f"{k}\n{v!r}" for k, v in tables.items()).encode())
-    pages = "".join(f"<h2>{k}</h2>{v._repr_html_()}" for k, v in tables.items())
-    head = '<!DOCTYPE html><meta charset="utf-8"><title>Leaderboard</title>'
-    write(board.folder / "leaderboard.html", (head + pages).encode())
-    write(board.folder / "leaderboard.png", png_bytes(board_figure(results)))
+    write_pages(board.folder, results)
     return results
