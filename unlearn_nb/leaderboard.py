@@ -91,7 +91,7 @@ BLOCKS = {   # name: what a method is given beside its own idea, as fields of `C
 # %% ../nbs/workshop/leaderboard.ipynb #b10cks01
 FIRST, *LENT = BLOCKS
 ONLY = {"paper": (FIRST,), "pruning": (FIRST, LENT[0])}   # these are not in all blocks
-ONLY |= {"SISS at t=999": (FIRST,), "DUO at one time": (FIRST,)}   # the text of a paper where its code does otherwise
+ONLY |= {"SISS at t=999": (FIRST,), "DUO at one time": (FIRST,)}   # where text and code differ: the other one
 ONLY |= {name: LENT[1:] for name in METHODS if name.startswith("ours")} | {"ours without directions": LENT[:1]}
 
 def blocks_of(name, blocks=tuple(BLOCKS)):
@@ -545,10 +545,11 @@ def write_board(board, results):
         return {"setting": setting} | {k: [row["id"] for row in result[k]] for k in PARTS}
     take_in(board)
     file = board.folder / "leaderboard.json"
-    old = json.loads(file.read_text())["results"] if file.exists() else {}
+    head = {"schema": 2, "base": board.base, "rule": RULE, "budget": board.budget}
+    old = json.loads(file.read_text()) if file.exists() else {}
+    old = old["results"] if all(old.get(k) == v for k, v in head.items()) else {}   # of this board, or none
     made = {block: {name: ids(r) for name, r in results.get(block, {}).items()} for block in BLOCKS}
     made = {block: old.get(block, {}) | some for block, some in made.items() if some or block in old}
-    head = {"schema": 2, "base": board.base, "rule": RULE, "budget": board.budget}
     write(file, json.dumps(head | {"results": made, "rows": board.rows}).encode())
 
 def chosen(methods):
