@@ -306,7 +306,11 @@ def test_the_six_best_of_a_block_and_their_like_are_tested():
 
 # --- the board that ships ---
 
-WAIT = "our keeping", "everything"   # blocks that are searched, and not all tested yet
+WAIT = {   # invited, and not tested yet: these and no others
+    "our keeping": {"Selective Amnesia", "SISS", "ReTrack", "DUO", "DoRI", "ROSU", "Munba", "Sculpting Memory",
+                    "ours without directions"},
+    "everything": {"NegGrad + retain", "SISS", "restricted", "ReTrack", "NPO", "Munba", "Sculpting Memory",
+                   "ours without edit", "ours without weight", "ours without surgery"}}
 
 def test_the_shipped_board_follows_its_rule():
     "Of each method in it all settings, and of those invited the test seeds; what was chosen is what the rule chooses."
@@ -325,9 +329,9 @@ def test_the_shipped_board_follows_its_rule():
             picked = tried[key(result["setting"])]
             assert len(whole) == 2 and score([*picked.values()]) == max(map(score, whole)), (block, name)
             tested = name in invited({n: [(r["setting"], L.shown(r | {"rows": ()}))] for n, r in made.items()})
-            seeds = [r["seed"] for r in result["rows"]]
-            waits = block in WAIT and not seeds   # its tests are still to come
-            assert waits or seeds == list(L.TESTS) * tested, (block, name)
+            waits = name in WAIT.get(block, ())
+            assert tested or not waits, (block, name)
+            assert [r["seed"] for r in result["rows"]] == list(L.TESTS) * (tested and not waits), (block, name)
             assert all(key(r["setting"]) == key(result["setting"]) for r in result["rows"]), (block, name)
 
 
