@@ -307,16 +307,18 @@ def test_the_six_best_of_a_block_and_their_like_are_tested():
 # --- the board that ships ---
 
 WAIT = {   # invited, and not tested yet: these and no others
-    "our keeping": {"Selective Amnesia", "SISS", "ReTrack", "DUO", "DoRI", "ROSU", "Munba", "Sculpting Memory",
-                    "ours without directions"},
-    "everything": {"NegGrad + retain", "SISS", "restricted", "ReTrack", "NPO", "Munba", "Sculpting Memory",
-                   "ours without edit", "ours without weight", "ours without surgery"}}
+    "our keeping": {"Selective Amnesia", "SISS", "ReTrack", "DUO", "DoRI", "ROSU", "Munba", "Sculpting Memory"},
+    "everything": {"ReTrack", "Munba"}}
+UNKNOWN = {("our keeping", "ours without directions")}   # not searched yet, since ours is aimed
+UNKNOWN |= {("everything", f"ours without {part}") for part in ("edit", "weight", "surgery")}
 
 def test_the_shipped_board_follows_its_rule():
     "Of each method in it all settings, and of those invited the test seeds; what was chosen is what the rule chooses."
     file = files("unlearn_nb") / "assets/leaderboard.json"
     board, results = json.loads(file.read_text()), read_board(file)
-    assert board["rule"] == RULE and "ours" in results["everything"]
+    assert board["rule"] == RULE
+    of_all = {(block, name) for name in METHODS for block in L.blocks_of(name)}
+    assert of_all - {(block, name) for block, made in results.items() for name in made} == UNKNOWN
     def key(setting): return json.dumps(short(setting), sort_keys=True)
     for block, made in results.items():
         for name, result in made.items():

@@ -398,7 +398,7 @@ def test_share_of_the_own_path():
     own = own_paths(model, [request], x_s, 4)
     for share, n in ((0., 0), (.375, 3), (1., 8)):
         how = dict(path_share=share, mix_share=0.)
-        x_t, t, goal = forget_states(model, x_f, x_s, own, 8, gen(), **how)
+        x_t, t, goal, shift = forget_states(model, x_f, x_s, own, 8, gen(), **how)
         assert sum(any(torch.equal(x, y) for y in own.x_t.flatten(0, 1)) for x in x_t) == n
         assert len(x_t) == len(t) == 8
         assert all(torch.equal(y, x_s[0]) or any(torch.equal(y, z) for z in own.goal.flatten(0, 1)) for y in goal)
@@ -422,7 +422,8 @@ def test_states_on_the_way_are_moved_in_the_clean_image(share, path_share, seed)
                     for v in (0., share))
     assert torch.equal(still[1], moved[1]) and torch.equal(still[2], moved[2])
     which = (moved[2][:, 0, 0, 0] * 10).round().long() - 1
-    step = model.scales(moved[1])[0] * (x_s - x_f)[which]
+    assert_close(moved[3], (x_s - x_f)[which])
+    step = model.scales(moved[1])[0] * moved[3]
     u = ((moved[0] - still[0]) * step).sum((1, 2, 3)) / step.square().sum((1, 2, 3))
     assert_close(moved[0] - still[0], u.view(-1, 1, 1, 1) * step, atol=1e-5, rtol=1e-4)
     assert (u > -1e-4).all() and (u < 1 + 1e-4).all() and abs((u.abs() > 1e-6).float().mean() - share) < .3

@@ -15,8 +15,8 @@ from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.files import name_of
 from unlearn_nb.schedule import stratified
 from unlearn_nb.states import SAMPLING
-from unlearn_nb.weights import (WEIGHTS, abar, flow, get, min_snr, p2, unit_eps, unit_v, unit_x0, window, x0_error,
-                                x0_loss)
+from unlearn_nb.weights import (WEIGHTS, abar, aimed_loss, flow, get, min_snr, p2, unit_eps, unit_v, unit_x0,
+                                window, x0_error, x0_loss)
 
 T = torch.arange(1000)
 LINEAR = DDPMScheduler(1000, beta_start=1e-4, beta_end=.02, beta_schedule='linear')
@@ -113,6 +113,23 @@ def test_the_loss_is_that_of_the_published_training_script(prediction, factor, b
     with torch.no_grad(): assert_close(x0_loss(d, x_t, t, x0, min_snr), theirs.mean(), rtol=2e-3, atol=1e-5)
     openly = min_snr(snr[:6]) * (d.clean(x_t, out, t) - x0)[:6].square().mean((1, 2, 3))   # where a is not almost 0
     assert_close(error[:6].mean((1, 2, 3)), openly, rtol=1e-2, atol=1e-5)
+
+
+@given(across=st.floats(0, 1), prediction=st.sampled_from(PREDICTIONS), seed=st.integers(0, 99))
+def test_the_aimed_loss_is_the_part_along_the_edit_and_a_share_of_the_rest(across, prediction, seed):
+    "Of the error of the clean image; all of it counts at 1, bit for bit, and an edit of nothing asks for nothing."
+    d = Denoiser(tiny_net(), DDPMScheduler(1000, prediction_type=prediction))
+    g = torch.Generator().manual_seed(seed)
+    x_t, goal, shift = torch.randn(3, 4, 3, 8, 8, generator=g)
+    t = torch.tensor([10, 200, 400, 600])
+    with torch.no_grad():
+        error = d.clean(x_t, d(x_t, t), t) - goal
+        loss = aimed_loss(d, x_t, t, goal, min_snr, shift, across=across)
+        assert torch.equal(aimed_loss(d, x_t, t, goal, min_snr, shift, across=1), x0_loss(d, x_t, t, goal, min_snr))
+        assert aimed_loss(d, x_t, t, goal, min_snr, 0 * shift) < 1e-8
+    along = (error * shift).sum((1, 2, 3)).square() / shift.square().sum((1, 2, 3)) / error[0].numel()
+    rest = error.square().mean((1, 2, 3)) - along
+    assert_close(loss, (min_snr(d.snr(t)) * (along + across * rest)).mean(), rtol=1e-3, atol=1e-6)
 
 
 def test_noise_alone_costs_v_nothing_and_divides_nothing():

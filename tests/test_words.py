@@ -344,8 +344,9 @@ def test_forget_states_carry_the_words_of_their_request(sd3):
     goals = {k: [*own.goal[own.cond == k].flatten(0, 1), x_s[j]] for j, k in enumerate(cond.tolist())}
     for sampling, right in shares.items():
         how = dict(mix_share=0., sampling=sampling, t_max=900, cond=cond)
-        x_t, t, goal, ids = forget_states(sd3, x_f, x_s, own, 200, torch.Generator().manual_seed(0), **how)
-        assert x_t.shape == (200, *sd3.shape) and {*ids.tolist()} == {*cond.tolist()} and (t < 1000).all()
+        x_t, t, goal, shift, ids = forget_states(sd3, x_f, x_s, own, 200, torch.Generator().manual_seed(0), **how)
+        assert x_t.shape == shift.shape == (200, *sd3.shape) and (t < 1000).all()
+        assert {*ids.tolist()} == {*cond.tolist()}
         for y, k in zip(goal, ids.tolist()): assert any(torch.equal(y, z) for z in goals[k])
         low, middle = t[100:] < 225, (t[100:] >= 225) & (t[100:] < 675)
         assert right(low.float().mean().item(), middle.float().mean().item()), sampling

@@ -79,7 +79,10 @@ def forget_image(problem, paths, goal=None, n=None):
     how = dict(path_share=problem.cfg.path_share, mix_share=0., t_min=t_min, t_max=t_max, sampling="uniform",
                cond=problem.cond, known=problem.known)
     goal, n = x_f if goal is None else goal, n or problem.size // 2
-    return lambda g: forget_states(d, x_f, goal, own, n, g, **how)
+    def states(g):
+        x_t, t, goal_t, _, *cond = forget_states(d, x_f, goal, own, n, g, **how)
+        return x_t, t, goal_t, *cond
+    return states
 
 # %% ../nbs/17_baselines.ipynb #4c28a2e7
 def naive(problem, paths=False):
@@ -298,6 +301,7 @@ def paper(problem, paths=False):
 
     >>> g, seen = paper(problem)(0, torch.Generator().manual_seed(0))
     """
+    problem = replace(problem, cfg=replace(problem.cfg, across=1.))
     if paths: return edit_weigh_project(problem)
     kept = noised(problem.denoiser, pictures(problem.retain), 25, goal="picture")
     return edit_weigh_project(replace(problem, retain=kept))

@@ -130,10 +130,9 @@ def off(g, history, share=1e-3):
 # %% ../nbs/22_forward_only.ipynb #f0e30a9c
 def pairs(problem, n, g):
     "n forget states, the same moved all the way to the surrogate, their timesteps (and prompts)."
-    d, cfg, own = problem.denoiser, problem.cfg, problem.own
-    if own: own = replace(own, goal=own.shift[:, None].expand_as(own.goal))   # for once the goal is the way to it
+    d, cfg = problem.denoiser, problem.cfg
     how = dict(path_share=cfg.path_share, mix_share=0., t_max=cfg.t_max, sampling=cfg.sampling, cond=problem.cond)
-    x_t, t, shift, *cond = forget_states(d, problem.x_f, problem.x_s - problem.x_f, own, n, g, **how)
+    x_t, t, _, shift, *cond = forget_states(d, problem.x_f, problem.x_s, problem.own, n, g, **how)
     return x_t, x_t + d.scales(t)[0] * shift, t, *cond
 
 def rows(layer, x, y, g, most=64):

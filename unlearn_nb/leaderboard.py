@@ -43,7 +43,8 @@ def every(**choices):
     return [dict(zip(choices, values)) for values in product(*choices.values())]
 
 RATES = dict(lr=(1.5e-4, 6e-4, 2.4e-3))
-OURS = every(lr=(3e-4, 6e-4, 1.2e-3), mix_share=(.25, .5), path_share=(1.,))
+OURS = every(lr=(3e-4, 6e-4, 1.2e-3), mix_share=(0., .5), path_share=(1.,), across=(0.,))
+UNAIMED = every(lr=(3e-4, 6e-4, 1.2e-3), mix_share=(.25, .5), path_share=(1.,), across=(1.,))
 PAPER = every(**RATES, weight=("min_snr", "p2"), path_share=(0.,), mix_share=(0.,), t_max=(1000,),
               surgery=("symmetric",), retain_weight=("unit_v",))
 
@@ -77,6 +78,7 @@ METHODS = {   # name: (method, six settings of `Config` and of the method)
     "ours": (edit_weigh_project, OURS),
     "ours without directions": (edit_weigh_project, OURS),
     "ours without edit": (no_edit, OURS),
+    "ours without aim": (edit_weigh_project, UNAIMED),
     "ours without weight": (edit_weigh_project, [s | {"weight": "unit_v"} for s in OURS]),
     "ours without surgery": (edit_weigh_project, [s | {"surgery": "plain"} for s in OURS]),
 }

@@ -430,21 +430,25 @@ def own_paths(denoiser, requests, x_s, steps=25, t_min=0):
 # %% ../nbs/06_states.ipynb #da41d435
 def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5, t_min=0, t_max=550,
                   sampling="low", cond=None, known=()):
-    """The n forget states of one step, as of `noised_states`.
+    """The n forget states of one step: (x_t, t, goal, shift), with words (x_t, t, goal, shift, cond).
 
+    shift [n, C, H, W]: the way from the picture that each comes from to its surrogate.
     A share `path_share` lies on their own paths (`own_paths`), if known; the others are noised
     forget images. A share `mix_share` of both is moved some way, drawn evenly, to the surrogate.
     known: numbers of paths from which three of four path states are drawn.
 
     >>> x_s, g = model.encode([surrogate]), torch.Generator().manual_seed(0)
     >>> own = own_paths(model, [request], x_s, steps=5)
-    >>> x_t, t, goal = forget_states(model, x[:1], x_s, own, 6, g)   # [6, 3, 32, 32], [6], [6, 3, 32, 32]
+    >>> x_t, t, goal, shift = forget_states(model, x[:1], x_s, own, 6, g)   # [6, 3, 32, 32], but t [6]
     """
     on_path = round(path_share * n) if own else 0
     far, moved = torch.rand(2, n, 1, 1, 1, generator=g).to(x_f.device)
     mix = far * (moved < mix_share)
-    how = dict(t_min=t_min, t_max=t_max, sampling=sampling, cond=cond)
-    noisy = noised_states(denoiser, x_f, x_s, n - on_path, g, mix=mix[on_path:], **how)
+    how = dict(mix=mix[on_path:], t_min=t_min, t_max=t_max, sampling=sampling, cond=cond)
+    again = torch.Generator().set_state(g.get_state())
+    x_t, t, *rest = noised_states(denoiser, x_f, x_s, n - on_path, g, **how)
+    shift = noised_states(denoiser, x_f, x_s - x_f, n - on_path, again, **how)[2]   # the same draws
+    noisy = x_t, t, rest[0], shift, *rest[1:]
     if not on_path: return noisy
     i, s = (torch.randint(size, (on_path,), generator=g) for size in own.x_t.shape[:2])
     if len(known):
@@ -452,8 +456,8 @@ def forget_states(denoiser, x_f, x_s, own, n, g, *, path_share=.5, mix_share=.5,
         i = torch.where(torch.rand(on_path, generator=g) < .75, more, i)
     x_t, goal = (pick(v, i, s, x_f.device) for v in (own.x_t, own.goal))
     i, t = i.to(x_f.device), own.timesteps[s.to(x_f.device)]
-    x_t = x_t + denoiser.scales(t)[0] * mix[:on_path] * own.shift[i]
-    path = (x_t, t, goal) if cond is None else (x_t, t, goal, own.cond[i])
+    x_t, shift = x_t + denoiser.scales(t)[0] * mix[:on_path] * own.shift[i], own.shift[i]
+    path = (x_t, t, goal, shift) if cond is None else (x_t, t, goal, shift, own.cond[i])
     return tuple(map(torch.cat, zip(path, noisy)))
 
 # %% ../nbs/06_states.ipynb #57f89921

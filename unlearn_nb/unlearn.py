@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from math import cos, pi, sqrt
 from pathlib import Path
 
@@ -29,7 +30,7 @@ from .parametrization import parametrize
 from .schedule import Flow, step_generator
 from .states import (SAMPLING, Pool, Request, States, default_retain, draw, find_copies, forget_states,
                                from_noise, own_paths, parts_of, prompts_among, prompts_of, steer, still_forgotten)
-from .weights import x0_loss
+from .weights import aimed_loss, x0_loss
 
 # %% ../nbs/11_unlearn.ipynb #pr3c1s10
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,7 +47,6 @@ def rate(denoiser):
 @dataclass(frozen=True)
 class Config:
     "The settings of a run; (06) is the lesson that is about it."
-    # the work
     steps: int = 50                # updates of the weights
     forget_batch: int = 12         # forget states a step
     retain_batch: int = 20         # retain states a step
@@ -65,6 +65,7 @@ class Config:
     sampling_steps: int = 25       # of each path
     # how the two meet
     weight: str | Callable = "abar"           # w(snr) of the forget loss, a name or a callable (07)
+    across: float = 1.             # how much of an error counts there that is not along the edit (07)
     retain_weight: str | Callable = "unit_x0"  # w(snr) of the retain loss
     surgery: str | Callable = "vaccine"       # how the two gradients meet, a name or a callable (08)
     damping: float = .01           # of the free directions (09); 0: all directions alike
@@ -155,6 +156,16 @@ def gradient(denoiser, batch, w, parametrization, cfg, state, loss=x0_loss):
         if up == 1 or all(g.isfinite().all() for g in total): break
     return mean, parametrization.project_gradients(total)
 
+# %% ../nbs/11_unlearn.ipynb #d9bb7f3e
+def aimed_states(problem, g):
+    "The forget states of one step, drawn with the generator g: (x_t, t, goal, shift, *cond)."
+    cfg, how = problem.cfg, ("path_share", "mix_share", "t_max", "sampling")
+    x_t, t, goal, shift, *cond = forget_states(
+        problem.denoiser, problem.x_f, problem.x_s, problem.own, cfg.forget_batch, g, cond=problem.cond,
+        known=problem.known, **{k: getattr(cfg, k) for k in how})
+    x_t, t, goal, *cond = steer(problem.denoiser, x_t, t, goal, *cond)
+    return x_t, t, goal, shift, *cond
+
 # %% ../nbs/11_unlearn.ipynb #8a01b544
 @dataclass(frozen=True)
 class Problem:
@@ -187,10 +198,8 @@ class Problem:
 
     def forget_batch(self, g):
         "The forget states of one step, drawn with the generator g."
-        cfg, how = self.cfg, ("path_share", "mix_share", "t_max", "sampling")
-        states = forget_states(self.denoiser, self.x_f, self.x_s, self.own, cfg.forget_batch, g, cond=self.cond,
-                               known=self.known, **{k: getattr(cfg, k) for k in how})
-        return steer(self.denoiser, *states)
+        x_t, t, goal, _, *cond = aimed_states(self, g)
+        return x_t, t, goal, *cond
 
     def retain_batch(self, g):
         "The retain states of one step, drawn with the generator g."
@@ -209,7 +218,7 @@ def edit_weigh_project(problem):
     cfg, project = problem.cfg, surgery.get(problem.cfg.surgery)
     w_f, w_r = weights.get(cfg.weight), weights.get(cfg.retain_weight)
     def step_gradient(step, g):
-        loss_f, g_f = problem.gradient(problem.forget_batch(g), w_f)
+        loss_f, g_f = problem.gradient(aimed_states(problem, g), w_f, partial(aimed_loss, across=cfg.across))
         loss_r, g_r = problem.gradient(problem.retain_batch(g), w_r)
         ff, fr, rr = surgery.products(g_f, g_r)
         seen = {"forget": loss_f, "retain": loss_r, "cosine": fr / sqrt(ff * rr) if ff * rr else 0.,
@@ -380,9 +389,9 @@ def check(denoiser, requests, cfg, checkpoint=None):
         if not getattr(cfg, name) > 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be above 0")
     if not 0 <= cfg.t_min < 1000:
         raise ValueError(f"t_min is {cfg.t_min}; it is a timestep of 1000, whatever the model counts; give 0 to 999")
-    for name in ("path_share", "mix_share"):
-        if not 0 <= (share := getattr(cfg, name)) <= 1:
-            raise ValueError(f"{name} is {share}; it is a share of the forget batch, from 0 to 1")
+    for k, of in (("path_share", "forget batch"), ("mix_share", "forget batch"), ("across", "error across the edit")):
+        if not 0 <= (share := getattr(cfg, k)) <= 1:
+            raise ValueError(f"{k} is {share}; it is a share of the {of}, from 0 to 1")
     for name in ("rank", "damping", "near_images"):
         if not getattr(cfg, name) >= 0: raise ValueError(f"{name} is {getattr(cfg, name)}; it must be 0 or more")
     if cfg.t_max > 1000:
