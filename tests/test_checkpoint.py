@@ -91,7 +91,7 @@ def test_numbers_that_are_none(tmp_path):
 OTHER = dict(
     steps=4, forget_batch=5, retain_batch=5, lr=2e-3, clip=2., t_max=300, t_min=1, sampling="uniform", path_share=.75,
     mix_share=.25, retain_images=4, near_images=1, pool=5, sampling_steps=5, weight="unit_eps",
-    retain_weight="unit_v", surgery="plain", damping=.5, rank=1, micro_batch=5, precision="bf16",
+    across=.5, retain_weight="unit_v", surgery="plain", damping=.5, rank=1, micro_batch=5, precision="bf16",
     gradient_checkpointing=True, seed=1)
 
 
