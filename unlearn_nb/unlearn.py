@@ -190,7 +190,7 @@ class Problem:
     @property
     def size(self):
         "States a step, for every method."
-        return self.cfg.forget_batch + self.cfg.retain_batch   # states a step, for every method
+        return self.cfg.forget_batch + self.cfg.retain_batch
 
     def gradient(self, batch, w, loss=x0_loss):
         "`gradient` of a batch (x_t, t, goal, *cond) with the weight w(snr): (loss, gradient for the params)."

@@ -112,7 +112,6 @@ def aimed_loss(denoiser, x_t, t, goal, w, shift, cond=None, across=0.):
     rest = error - (error * e).sum((1, 2, 3), keepdim=True) * e
     return x0_error(denoiser, out - (1 - across ** .5) * rest, x_t, t, goal, w).mean()
 
-
 # %% ../nbs/07_weights.ipynb #1c23414f
 def window(weight: str | Callable, denoiser, t0: int, t1: int) -> Callable:
     """The weight (a name or a callable) at levels t0 ... t1 - 1 of this denoiser, 0 at all others.
