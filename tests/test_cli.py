@@ -702,7 +702,7 @@ def test_help_names_the_defaults_of_config(capsys):
         assert f"({getattr(cfg, name)}; of words, classes or latents {words[name]})" in out
         assert PRESETS["transformer"][name] == PRESETS["latents"][name] == words[name] and name not in PRESETS["pixels"]
     rates = [PRESETS[name]["lr"] for name in ("unet", "transformer", "latents")]
-    assert (cfg.lr, *rates) == (6e-3, 1e-2, 1e-2, 1.5e-2) and "(6e-3; words 1e-2, latents 1.5e-2)" in out
+    assert (cfg.lr, *rates) == (3e-3, 1e-2, 1e-2, 1.5e-2) and "(3e-3; words 1e-2, latents 1.5e-2)" in out
 
 
 def test_python_m_is_the_command():

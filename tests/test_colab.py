@@ -27,7 +27,7 @@ from make_setup import NBS, NOTEBOOKS, SETTINGS, setup
 pytestmark = pytest.mark.notebooks
 
 ON_COLAB = [*(Requirement(r).name for r in SETTINGS['requirements'].split()), 'ipykernel', 'pip', 'setuptools']
-NAMES = ['method_on_one_page', '06_states', 'tutorials/01_forget_a_face']   # nbdev_test runs all of them
+NAMES = ['06_states', 'tutorials/01_forget_a_face']   # nbdev_test runs all others
 TO_DOWNLOAD = {'tutorials/01_forget_a_face': 'hotfix_seed_103.zip'}
 LOOK = '''import json, os, sys
 import torch, unlearn_nb
@@ -123,6 +123,6 @@ def test_an_installation_that_fails_says_what_to_do(machine, venv, tmp_path):
 
 
 def test_every_notebook_has_this_setup_cell():
-    "What three of them show holds for all: their setup cells are one."
+    "What two of them show holds for all: their setup cells are one."
     found = {''.join(json.loads(p.read_text(encoding='utf-8'))['cells'][2]['source']) for p in NOTEBOOKS}
     assert found == {setup()}

@@ -50,7 +50,7 @@ def test_it_gives_the_numbers_of_the_package(page):
     retain = generate(model, range(100_000, 100_024), 25)
     for name, v in (('x_r', retain.x_t), ('goal_r', retain.goal)): assert torch.allclose(v, page[name], atol=1e-4)
     cfg = Config(steps=8, lr=LR, forget_batch=4, retain_batch=12, near_images=0, damping=0., path_share=0.,
-                 weight='unit_eps', retain_weight='unit_v', surgery='symmetric')
+                 weight='unit_eps', across=1., retain_weight='unit_v', surgery='symmetric')
     unlearn(model, [request], retain, cfg).apply(model)
     ours, plain = model.sample(SEEDS, 25), page['unlearn'](page['symmetric'], 8, LR)
     moved = (plain - page['before']).square().mean().sqrt()

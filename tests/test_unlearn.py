@@ -9,6 +9,7 @@ from functools import lru_cache
 from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -27,7 +28,7 @@ from unlearn_nb.hotfix import Hotfix, change, changed
 from unlearn_nb.parametrization import Full
 from unlearn_nb.schedule import Flow
 from unlearn_nb.states import Request, default_retain, generate, noised_states
-from unlearn_nb.unlearn import PRESETS, Config, gradient, retain_settings, unlearn
+from unlearn_nb.unlearn import MORE, PRESETS, STRENGTHS, Config, gradient, least_strength, retain_settings, unlearn
 from unlearn_nb.weights import min_snr, x0_loss
 from unlearn_nb.zoo import load
 
@@ -494,7 +495,7 @@ def test_the_preset_goes_by_family_and_the_pieces_by_size():
                     precision="bf16" if model.dtype == torch.bfloat16 else "fp32")
         assert Config.of(model, steps=7) == Config(**PRESETS[name] | size | {"steps": 7}), name
     lr = [Config.of(sized(32, widest=widest)).lr for widest in (28, 112, 224)]
-    assert lr == [.006, .006, .003] and Config.of(sized(64, True, widest=224)).lr == PRESETS["unet"]["lr"]
+    assert lr == [.003, .003, .0015] and Config.of(sized(64, True, widest=224)).lr == PRESETS["unet"]["lr"]
     assert {*PRESETS} == {"pixels", "unet", "latents", "transformer"} and Config().many(1) == Config()
     assert [Config().many(4).steps, Config().many(4).near_images] == [100, 32]
 
@@ -606,3 +607,22 @@ def test_a_direction_that_does_not_fit_is_refused(form):
 
 
 if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])
+
+
+# --- not farther than needed ---
+
+@given(st.lists(st.floats(.2, 1.3), min_size=31, max_size=31), st.booleans())
+def test_the_least_strength_is_enough_and_the_least(needs, by_heart):
+    "Of one seed for all paths; of a picture with copies for nine of ten, and then one strength more."
+    here, n = [], len(needs)
+    def likeness(problem, describe, z): return (torch.tensor(needs * 2) > here[-1]).float(), .5
+    problem = SimpleNamespace(denoiser=SimpleNamespace(device="cpu"), own=SimpleNamespace(x_t=torch.zeros(n, 1, 1)),
+                              parametrization=SimpleNamespace(params=[]),
+                              requests=[SimpleNamespace(copies=(1, 2) if by_heart else ())])
+    with patch.multiple("unlearn_nb.unlearn", likeness=likeness, set_strength=lambda form, full, s: here.append(s)):
+        found = least_strength(problem, None)
+    steps = STRENGTHS + MORE * by_heart
+    def above(s): return sum(need > s for need in needs)
+    enough = [k for k, s in enumerate(steps) if above(s) <= (n / 10 if by_heart else 0)]
+    first = enough[0] if enough else len(steps) - 1
+    assert here[-1] == found == steps[min(first + by_heart, len(steps) - 1)]

@@ -620,7 +620,7 @@ def asked_for(f):
         what="Pictures of these words must stay, beside those of --prompt. May be given several times.")
 @option("--steps", kind=COUNT, unit="N", show_default="50; of words, classes or latents 60",
         what="Updates of the weights.")
-@option("--lr", kind=click.FloatRange(0, min_open=True), unit="X", show_default="6e-3; words 1e-2, latents 1.5e-2",
+@option("--lr", kind=click.FloatRange(0, min_open=True), unit="X", show_default="3e-3; words 1e-2, latents 1.5e-2",
         what="How far the weights move in a step, at most.")
 @option("--rank", kind=click.IntRange(min=0), unit="N", show_default="0; of words, classes or latents 16",
         what="Write a LoRA of this rank, a small file; 0: whole weights.")

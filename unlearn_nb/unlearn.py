@@ -50,7 +50,7 @@ class Config:
     steps: int = 50                # updates of the weights
     forget_batch: int = 12         # forget states a step
     retain_batch: int = 20         # retain states a step
-    lr: float = 6e-3               # of Adam, at its highest; falls to zero along a cosine
+    lr: float = 3e-3               # of Adam, at its highest; falls to zero along a cosine
     clip: float = 1.               # largest norm of a step's gradient
     # what is forgotten (06)
     path_share: float = 1.         # share of the forget batch on the model's own paths, where one is known
@@ -65,7 +65,7 @@ class Config:
     sampling_steps: int = 25       # of each path
     # how the two meet
     weight: str | Callable = "abar"           # w(snr) of the forget loss, a name or a callable (07)
-    across: float = 1.             # how much of an error counts there that is not along the edit (07)
+    across: float = 0.             # how much of an error counts there that is not along the edit (07)
     retain_weight: str | Callable = "unit_x0"  # w(snr) of the retain loss
     surgery: str | Callable = "vaccine"       # how the two gradients meet, a name or a callable (08)
     damping: float = .01           # of the free directions (09); 0: all directions alike
@@ -85,8 +85,8 @@ class Config:
         return cls(**PRESETS[family(denoiser)] | rate(denoiser) | fits | kw)
 
 # %% ../nbs/11_unlearn.ipynb #2ed5005b
-WORDS = dict(steps=60, forget_batch=8, retain_batch=36, t_min=0, weight="unit_x0", lr=1e-2, rank=16, retain_images=50,
-             pool=128)
+WORDS = dict(steps=60, forget_batch=8, retain_batch=36, t_min=0, weight="unit_x0", across=1., lr=1e-2, rank=16,
+             retain_images=50, pool=128)
 PRESETS = {   # by family
     # a UNet of pixels, without words, such as the built-in `faces` and google/ddpm-celebahq-256: the defaults
     "pixels": {},
@@ -232,7 +232,7 @@ def not_finite(step, cfg, checkpoint):
     """The sentence for a gradient that is not finite at a step.
 
     >>> print(not_finite(3, cfg, None))
-    the gradient is not finite at step 3; the model is as it was before the run; start anew with a smaller lr than 0.006
+    the gradient is not finite at step 3; the model is as it was before the run; start anew with a smaller lr than 0.003
     """
     kept = f", the steps before it are kept in {str(checkpoint)!r}" if checkpoint and step else ""
     return (f"the gradient is not finite at step {step}; the model is as it was before the run{kept}; "
@@ -450,7 +450,7 @@ def least_strength(problem, describe, moved=.2):
     """
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
     by_heart = any(r.copies for r in problem.requests)
-    steps, part = STRENGTHS + MORE * by_heart, .75 if by_heart else 1.
+    steps, part = STRENGTHS + MORE * by_heart, .9 if by_heart else 1.
     near = min(part, .95 if len(problem.requests) > 1 else 1.)   # of many one in twenty is so alike by chance
     full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
