@@ -611,18 +611,21 @@ if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])
 
 # --- not farther than needed ---
 
-@given(st.lists(st.floats(.2, 1.3), min_size=31, max_size=31), st.booleans())
-def test_the_least_strength_is_enough_and_the_least(needs, by_heart):
-    "Of one seed for all paths; of a picture with copies for nine of ten, and then one strength more."
-    here, n = [], len(needs)
+@given(st.lists(st.floats(.2, 1.3), min_size=1, max_size=9), st.floats(0, 2.5),
+       st.sampled_from(["seed", "copies", "both"]))
+def test_the_least_strength_is_enough_and_the_least(needs, seen_below, kinds):
+    "Where all paths lead to strangers; a picture with copies: where nothing gives it, and one strength more."
+    here, n, wanted = [], len(needs), {"seed": [()], "copies": [(1, 2)], "both": [(), (1, 2)]}[kinds]
     def likeness(problem, describe, z): return (torch.tensor(needs * 2) > here[-1]).float(), .5
     problem = SimpleNamespace(denoiser=SimpleNamespace(device="cpu"), own=SimpleNamespace(x_t=torch.zeros(n, 1, 1)),
                               parametrization=SimpleNamespace(params=[]),
-                              requests=[SimpleNamespace(copies=(1, 2) if by_heart else ())])
-    with patch.multiple("unlearn_nb.unlearn", likeness=likeness, set_strength=lambda form, full, s: here.append(s)):
+                              requests=[SimpleNamespace(copies=copies) for copies in wanted])
+    with patch.multiple("unlearn_nb.unlearn", likeness=likeness, set_strength=lambda form, full, s: here.append(s),
+                        comes_out=lambda problem, describe: here[-1] < seen_below):
         found = least_strength(problem, None)
-    steps = STRENGTHS + MORE * by_heart
-    def above(s): return sum(need > s for need in needs)
-    enough = [k for k, s in enumerate(steps) if above(s) <= (n / 10 if by_heart else 0)]
-    first = enough[0] if enough else len(steps) - 1
+    by_heart = kinds != "seed"
+    steps, part = STRENGTHS + MORE * by_heart, .75 if by_heart else 1.
+    def strangers(s): return (torch.tensor(needs) > s).float().quantile(part) <= .5
+    def good(s): return (kinds == "copies" or strangers(s)) and (kinds == "seed" or s >= seen_below)
+    first = next((k for k, s in enumerate(steps) if good(s)), len(steps) - 1)
     assert here[-1] == found == steps[min(first + by_heart, len(steps) - 1)]
