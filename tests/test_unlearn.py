@@ -22,6 +22,7 @@ from torch.testing import assert_close
 
 from conftest import ROOT
 from unlearn_nb import states, surgery, weights
+from unlearn_nb.baselines import finetune
 from unlearn_nb.denoiser import Denoiser
 from unlearn_nb.files import fingerprint
 from unlearn_nb.hotfix import Hotfix, change, changed
@@ -611,21 +612,31 @@ if __name__ == "__main__": globals()[sys.argv[1]](*sys.argv[2:])
 
 # --- not farther than needed ---
 
-@given(st.lists(st.floats(.2, 1.3), min_size=1, max_size=9), st.floats(0, 2.5),
-       st.sampled_from(["seed", "copies", "both"]))
-def test_the_least_strength_is_enough_and_the_least(needs, seen_below, kinds):
-    "Where all paths lead to strangers; a picture with copies: where nothing gives it, and one strength more."
-    here, n, wanted = [], len(needs), {"seed": [()], "copies": [(1, 2)], "both": [(), (1, 2)]}[kinds]
+@given(st.lists(st.floats(.2, 2.5), min_size=1, max_size=9), st.booleans())
+def test_the_least_strength_is_enough_and_the_least(needs, by_heart):
+    "Where all paths lead to strangers; of a picture with copies three of four, and one strength more."
+    here, n = [], len(needs)
     def likeness(problem, describe, z): return (torch.tensor(needs * 2) > here[-1]).float(), .5
     problem = SimpleNamespace(denoiser=SimpleNamespace(device="cpu"), own=SimpleNamespace(x_t=torch.zeros(n, 1, 1)),
                               parametrization=SimpleNamespace(params=[]),
-                              requests=[SimpleNamespace(copies=copies) for copies in wanted])
-    with patch.multiple("unlearn_nb.unlearn", likeness=likeness, set_strength=lambda form, full, s: here.append(s),
-                        comes_out=lambda problem, describe: here[-1] < seen_below):
+                              requests=[SimpleNamespace(copies=(1, 2) if by_heart else ())])
+    with patch.multiple("unlearn_nb.unlearn", likeness=likeness, set_strength=lambda form, full, s: here.append(s)):
         found = least_strength(problem, None)
-    by_heart = kinds != "seed"
     steps, part = STRENGTHS + MORE * by_heart, .75 if by_heart else 1.
-    def strangers(s): return (torch.tensor(needs) > s).float().quantile(part) <= .5
-    def good(s): return (kinds == "copies" or strangers(s)) and (kinds == "seed" or s >= seen_below)
+    def good(s): return (torch.tensor(needs) > s).float().quantile(part) <= .5
     first = next((k for k, s in enumerate(steps) if good(s)), len(steps) - 1)
     assert here[-1] == found == steps[min(first + by_heart, len(steps) - 1)]
+
+
+def test_an_aimed_change_is_for_one_picture_on_the_base_alone():
+    "With copies, or after earlier requests, our own method asks for the whole error; rivals keep their settings."
+    model, cfg = tiny(), replace(TINY, steps=1)
+    request, other = (replace(request_of(model, k), copies=()) for k in (5, 7))
+    asked = {"alone": ([request], {}), "after another": ([request], dict(earlier=[other])),
+             "by heart": ([replace(request, copies=(9,))], {}),
+             "a rival": ([replace(request, copies=(9,))], dict(method=finetune, earlier=[other]))}
+    found = {name: unlearn(model, what, cfg=cfg, **how).card["config"] for name, (what, how) in asked.items()}
+    aimed, all_of_it = (0., cfg.lr), (1., 2 * cfg.lr)
+    assert {name: (c["across"], c["lr"]) for name, c in found.items()} == {
+        "alone": aimed, "after another": all_of_it, "by heart": all_of_it, "a rival": aimed}
+    assert unlearn(model, [replace(request, copies=(9,))], cfg=replace(cfg, across=.5)).card["config"]["lr"] == cfg.lr

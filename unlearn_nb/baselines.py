@@ -15,7 +15,7 @@ from torch import autograd
 
 from .schedule import stratified
 from .copies import nearest
-from .states import States, draw, forget_states, noised
+from .states import draw, forget_states, noised, parts_of
 from .surgery import against, combine, gram, products
 from .unlearn import edit_weigh_project
 from .weights import unit_eps, x0_error, x0_loss
@@ -23,7 +23,7 @@ from .weights import unit_eps, x0_error, x0_loss
 # %% ../nbs/17_baselines.ipynb #1f682859
 def pictures(retain):
     "The pictures of what must stay, [N, C, H, W]."
-    return retain.x0 if isinstance(retain, States) else torch.cat([part.x0 for _, part in retain])
+    return torch.cat([part.x0 for part in parts_of(retain)])
 
 def noised_evenly(denoiser, x, g, t_min=0):
     "(x_t, t): pictures x [n, C, H, W], noised to levels spread evenly over t_min ... T-1."

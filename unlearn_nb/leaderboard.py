@@ -204,8 +204,8 @@ class Board:
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         if digest not in self.rows: take_in(self)
         if digest not in self.rows:
-            begin, method = time.monotonic(), partial(lent(self.methods[run.name][0], run.block), **rest)
-            row = short({"id": digest} | about | run_row(self, run, method, cfg))
+            begin, method = time.monotonic(), lent(self.methods[run.name][0], run.block)
+            row = short({"id": digest} | about | run_row(self, run, partial(method, **rest) if rest else method, cfg))
             write(self.folder / "rows" / f"{digest}.json", json.dumps(row).encode())
             self.rows[digest], self.made = row, self.made + 1
             self.seconds += time.monotonic() - begin

@@ -22,7 +22,7 @@ from torch import autograd
 
 from . import surgery, weights
 from .checkpoint import load_checkpoint, run_identity, save_checkpoint
-from .copies import check_descriptor, copy_bars, is_copy, strangers
+from .copies import check_descriptor, strangers
 from .denoiser import Denoiser, max_batch, patch
 from .figures import progress
 from .hotfix import Hotfix, card
@@ -65,7 +65,7 @@ class Config:
     sampling_steps: int = 25       # of each path
     # how the two meet
     weight: str | Callable = "abar"           # w(snr) of the forget loss, a name or a callable (07)
-    across: float = 0.             # how much of an error counts there that is not along the edit (07)
+    across: float = 0.             # how much of an error counts there that is not along the edit (07; see `whole`)
     retain_weight: str | Callable = "unit_x0"  # w(snr) of the retain loss
     surgery: str | Callable = "vaccine"       # how the two gradients meet, a name or a callable (08)
     damping: float = .01           # of the free directions (09); 0: all directions alike
@@ -436,17 +436,6 @@ def check_retain(denoiser, retain):
 # %% ../nbs/11_unlearn.ipynb #5tr3ng02
 STRENGTHS = (.3, .4, .5, .6, .7, .8, .9, 1., 1.1, 1.2)
 MORE = (1.4, 1.7, 2.)   # for pictures learned by heart
-UNSEEN = range(700_000, 701_024)   # seeds that play no part in the run
-
-def comes_out(problem, describe):
-    "Does one of `UNSEEN`, or a seed that is known, give a picture again that was learned by heart?"
-    d, pool = problem.denoiser, torch.cat([table.x0 for table in parts_of(problem.retain)])
-    def copied(r):
-        seeds, (pixels, x_f) = [*r.copies, *UNSEEN], map(d.pixels, (pool, d.encode([r.image])))
-        bars = copy_bars(pixels, describe=describe, x_f=x_f)
-        made = (d.pixels(d.sample(seeds[k:k + 64], 5, prompt=r.prompt)) for k in range(0, len(seeds), 64))
-        return any(is_copy(x, x_f, bars, describe).any() for x in made)   # the first one is enough
-    return any(copied(r) for r in problem.requests if r.copies)
 
 # %% ../nbs/11_unlearn.ipynb #5tr3ng05
 @torch.no_grad()
@@ -460,32 +449,34 @@ def least_strength(problem, describe, moved=.2):
     1.2
     """
     d, own, form, g = problem.denoiser, problem.own, problem.parametrization, torch.Generator().manual_seed(0)
-    by_heart, ordinary = (any(bool(r.copies) == known for r in problem.requests) for known in (True, False))
+    by_heart = any(r.copies for r in problem.requests)
     steps, part = STRENGTHS + MORE * by_heart, .75 if by_heart else 1.
     near = min(part, .95 if len(problem.requests) > 1 else 1.)   # of many one in twenty is so alike by chance
     full, low, high = [p.detach().clone() for p in form.params], 0, len(steps) - 1
     z = own.x_t[:, 0].to(d.device).float()   # where the paths begin
     beside = (1 - moved ** 2) ** .5 * z + moved * torch.randn(z.shape, generator=g).to(z)
-    def put(k): set_strength(form, full, steps[k])
-    def stranger():
+    def enough(s):
+        set_strength(form, full, s)
         similar, bar = likeness(problem, describe, torch.cat([z, beside]))
         return max(similar[:len(z)].quantile(part), similar[len(z):].quantile(near)) <= bar
-    def enough(k):
-        put(k)
-        return not (by_heart and comes_out(problem, describe) or ordinary and not stranger())
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if enough(middle) else (middle + 1, high)
+        low, high = (low, middle) if enough(steps[middle]) else (middle + 1, high)
     if by_heart: low = min(low + 1, len(steps) - 1)   # for seeds that were not looked at
-    put(low)
+    set_strength(form, full, steps[low])
     return steps[low]
 
 # %% ../nbs/11_unlearn.ipynb #d6270fd2
+def whole(cfg):
+    "The settings with the whole error, at twice the rate: where an aimed change would be too small to last."
+    return cfg if cfg.across else replace(cfg, across=1., lr=2 * cfg.lr)
+
 def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, describe, cache):
     "All of a run, when what was given has been checked: a `Hotfix`."
     start, steps, known = time.monotonic(), cfg.sampling_steps, dict(describe=describe, cache=cache)
     requests = [r if r.copies is not None else find_copies(denoiser, r, pool=cfg.pool, steps=steps, **known)
                 for r in requests]
+    if method is edit_weigh_project and (earlier or any(r.copies for r in requests)): cfg = whole(cfg)
     known |= dict(earlier=earlier)
     if retain is None: retain = default_retain(denoiser, requests, **retain_settings(cfg), **known)
     pool = cfg.near_images and Pool(denoiser, requests, cfg.pool, steps, cond=prompts_among(retain), **known)
