@@ -156,7 +156,7 @@ def test_our_best_is_our_default(tmp_path, monkeypatch):
     assert seen.value.args == (Config(),)
     rows = read(zoo.ASSETS/"benchmark.json")
     shown = {(row["kind"], row.get("name")): row["config"] for row in rows}
-    made = {("parts", "as it is"): Config(), ("steps", 50): Config(), ("stack", None): Config()}
+    made = {("parts", "as it is"): Config(), ("steps", 50): Config(), ("stack", None): whole(Config())}
     made |= {("joint", n): Config().many(n) for n in (1, 2, 4, 8, 16)}
     assert {k: shown[k] for k in made} == {k: vars(cfg) for k, cfg in made.items()}
 
