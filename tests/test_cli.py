@@ -30,7 +30,7 @@ from unlearn_nb.cli import SAID, cli, in_progress, main, new_folders, run_of, sa
 from unlearn_nb.hotfix import Hotfix, card, private_folder, read_receipt
 from unlearn_nb.metrics import check_pictures
 from unlearn_nb.states import Request
-from unlearn_nb.unlearn import PRESETS, Config
+from unlearn_nb.unlearn import PRESETS, Config, whole
 
 PUBLIC = ["card.json", "hotfix.safetensors", "report.html", "report.json"]
 PRIVATE = ["before_after.png", "forget_1.png", "receipt.json", "report.html", "report.json", "surrogate_1.png"]
