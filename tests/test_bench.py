@@ -82,7 +82,8 @@ def test_a_summed_step_moves_as_a_plain_step():
         request, stay = start(model, prompt)
         after = []
         for step in (bench.summed_step, bench.full_step):
-            problem, opt = problem_of(model, [request], stay, replace(SMALL, surgery="plain", lr=1e-4, damping=0.))
+            cfg = replace(SMALL, surgery="plain", across=1., lr=1e-4, damping=0.)
+            problem, opt = problem_of(model, [request], stay, cfg)
             step(problem, opt)
             after.append(torch.cat([p.grad.flatten() for p in problem.parametrization.params]))
             problem.parametrization.restore()

@@ -476,7 +476,6 @@ def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, d
     start, steps, known = time.monotonic(), cfg.sampling_steps, dict(describe=describe, cache=cache)
     requests = [r if r.copies is not None else find_copies(denoiser, r, pool=cfg.pool, steps=steps, **known)
                 for r in requests]
-    if method is edit_weigh_project and (earlier or any(r.copies for r in requests)): cfg = whole(cfg)
     known |= dict(earlier=earlier)
     if retain is None: retain = default_retain(denoiser, requests, **retain_settings(cfg), **known)
     pool = cfg.near_images and Pool(denoiser, requests, cfg.pool, steps, cond=prompts_among(retain), **known)
@@ -484,6 +483,7 @@ def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, d
         how = dict(path_share=cfg.path_share, t_min=cfg.t_min, t_max=cfg.t_max, steps=steps)
         retain = [(4, retain), (sqrt(len(earlier)), still_forgotten(denoiser, earlier, **how))]
     identity = run_identity(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
+    if method is edit_weigh_project and (earlier or any(r.copies for r in requests)): cfg = whole(cfg)
     problem, opt = problem_of(denoiser, requests, retain, cfg)
     saving = cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing
     if saving: denoiser.net.enable_gradient_checkpointing()
