@@ -483,8 +483,8 @@ def learn(denoiser, requests, retain, cfg, earlier, checkpoint, method, watch, d
         how = dict(path_share=cfg.path_share, t_min=cfg.t_min, t_max=cfg.t_max, steps=steps)
         retain = [(4, retain), (sqrt(len(earlier)), still_forgotten(denoiser, earlier, **how))]
     identity = run_identity(denoiser, requests, earlier, retain, cfg, method) if checkpoint else None
-    if method is edit_weigh_project and (earlier or any(r.copies for r in requests)): cfg = whole(cfg)
-    problem, opt = problem_of(denoiser, requests, retain, cfg)
+    firm = method is edit_weigh_project and (earlier or any(r.copies for r in requests))   # the card does not tell
+    problem, opt = problem_of(denoiser, requests, retain, whole(cfg) if firm else cfg)
     saving = cfg.gradient_checkpointing and not denoiser.net.is_gradient_checkpointing
     if saving: denoiser.net.enable_gradient_checkpointing()
     try:
