@@ -353,7 +353,7 @@ def test_it_forgets_and_stays_forgotten():
     mark, x = fingerprint(model), model.sample([100, 7, 1003, 8], 10)
     images = model.decode(x)
     first, second = Request(images[0], images[1], 100), Request(images[2], images[3], 1003)
-    cfg = Config(steps=15, forget_batch=6, retain_batch=10, retain_images=16, near_images=0, pool=32,
+    cfg = Config(steps=30, forget_batch=6, retain_batch=10, retain_images=16, near_images=0, pool=32,
                  sampling_steps=10)
     def left(seed, k):   # of the way between image and surrogate
         return ((model.sample([seed], 10) - x[k + 1]).norm() / (x[k] - x[k + 1]).norm()).item()
