@@ -306,19 +306,13 @@ def test_the_six_best_of_a_block_and_their_like_are_tested():
 
 # --- the board that ships ---
 
-WAIT = {   # invited, and not tested yet: these and no others
-    "our keeping": {"Selective Amnesia", "SISS", "ReTrack", "DUO", "DoRI", "ROSU", "Munba", "Sculpting Memory"},
-    "everything": {"ReTrack"}}
-UNKNOWN = {("our keeping", "ours without directions")}   # not searched yet, since ours is aimed
-UNKNOWN |= {("everything", f"ours without {part}") for part in ("edit", "weight", "surgery")}
-
 def test_the_shipped_board_follows_its_rule():
     "Of each method in it all settings, and of those invited the test seeds; what was chosen is what the rule chooses."
     file = files("unlearn_nb") / "assets/leaderboard.json"
     board, results = json.loads(file.read_text()), read_board(file)
     assert board["rule"] == RULE
     of_all = {(block, name) for name in METHODS for block in L.blocks_of(name)}
-    assert of_all - {(block, name) for block, made in results.items() for name in made} == UNKNOWN
+    assert of_all == {(block, name) for block, made in results.items() for name in made}
     def key(setting): return json.dumps(short(setting), sort_keys=True)
     for block, made in results.items():
         for name, result in made.items():
@@ -331,9 +325,10 @@ def test_the_shipped_board_follows_its_rule():
             picked = tried[key(result["setting"])]
             assert len(whole) == 2 and score([*picked.values()]) == max(map(score, whole)), (block, name)
             tested = name in invited({n: [(r["setting"], L.shown(r | {"rows": ()}))] for n, r in made.items()})
-            waits = name in WAIT.get(block, ())
-            assert tested or not waits, (block, name)
-            assert [r["seed"] for r in result["rows"]] == list(L.TESTS) * (tested and not waits), (block, name)
+            assert [r["seed"] for r in result["rows"]] == list(L.TESTS) * tested, (block, name)
+            heart = tested and L.by_heart(block) and not name.startswith("ours without")
+            planted = [L.PLANTED[0], *L.PLANTED] if heart else []
+            assert [r["seed"] for r in result["planted"]] == planted, (block, name)
             assert all(key(r["setting"]) == key(result["setting"]) for r in result["rows"]), (block, name)
 
 
