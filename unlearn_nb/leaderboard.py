@@ -497,8 +497,8 @@ def plot_block(ax, made, title):
     "Forgetting against what is kept, with intervals; five methods by name, and the front."
     rivals = sorted((k for k, m in made.items() if m["tests"] and not k.startswith("ours w")),
                     key=lambda k: -made[k]["area"])
-    named = ["ours" if "ours" in made else "paper"]
-    named = [k for k in named if k in made] + [k for k in rivals if k not in named][:NAMED - 1]
+    named = [k for k in ("ours", "ours without directions", "paper") if k in made][:1]
+    named += [k for k in rivals if k not in named][:NAMED - 1]
     for name, m in made.items():
         marker, edge, inside = look(name, named, m["tests"])
         bars = (m["psnr_width"], m["F_width"]) if m["tests"] else ()   # three seeds that were chosen by: none
