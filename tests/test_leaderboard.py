@@ -103,6 +103,8 @@ def test_summary_table_and_figure():
     table = board_table(results)
     head, *lines = repr(table).splitlines()
     assert [r[0] for r in table.rows] == ["ours", name, "b"] and table.rows[1][-2:] == [.5, "lr=1"]
+    undirected = board_table({"ours without directions" if k == "ours" else k: v for k, v in results.items()})
+    assert [[r[-2] for r in t.rows] for t in (table, undirected)] == [[None, .5, None]] * 2   # ours: beside itself none
     assert "diverged" in lines[2] and lines[0].index("0.80") == lines[1].index("0.80") == head.index(" F ") - 2
     assert board_figure({"everything": results, "our keeping": results}).size == (1040, 368)
 

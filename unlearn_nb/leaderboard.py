@@ -448,20 +448,21 @@ SHOWN = {   # column: (key of a summary, digits)
     "rule holds": ("passes", 0), "attacks hold": ("attacks", 2), "copies gone": ("gone", 2),
     "planted, dB": ("gone_psnr", 1), "evaluations": ("evaluations", 0)}
 HEAD = ("method", *SHOWN, "p", "setting")
+OWN = "ours", "ours without directions"   # ours in a block is the first of these that is run in it
 
 # %% ../nbs/workshop/leaderboard.ipynb #4cac0f78
 def board_table(results, ours=None):
     """A block of the board as a `Table`, the largest area first; results: {method: what `judge` gave}.
 
-    ours: the test rows that p is beside (default: those of `ours` in this block)."""
+    ours: the test rows that p is beside (default: those of ours in this block)."""
     made = {name: summary(result) for name, result in results.items()}
-    ours, rows = ours or results.get("ours", {}).get("rows", ()), []
+    ours, rows = ours or next((results[k]["rows"] for k in OWN if k in results), ()), []
     for name in sorted(made, key=lambda name: -made[name]["area"] if made[name] else 1):
         result, m = results[name], made[name]
         searched = [row["setting"] for row in result.get("search", [])]   # what was the same in all says nothing
         told = {k: v for k, v in result["setting"].items() if not searched or any(s.get(k) != v for s in searched)}
         numbers = [m[k] for k, _ in SHOWN.values()] if m else ["diverged", *[None] * (len(SHOWN) - 1)]
-        p = against(ours, result["rows"]) if name != "ours" else None
+        p = None if result["rows"] is ours else against(ours, result["rows"])
         rows.append([name, *numbers, p, text(told)])
     return Table(HEAD, rows, {k: digits for k, (_, digits) in SHOWN.items()} | {"p": 3})
 
@@ -497,7 +498,7 @@ def plot_block(ax, made, title):
     "Forgetting against what is kept, with intervals; five methods by name, and the front."
     rivals = sorted((k for k, m in made.items() if m["tests"] and not k.startswith("ours w")),
                     key=lambda k: -made[k]["area"])
-    named = [k for k in ("ours", "ours without directions", "paper") if k in made][:1]
+    named = [k for k in (*OWN, "paper") if k in made][:1]
     named += [k for k in rivals if k not in named][:NAMED - 1]
     for name, m in made.items():
         marker, edge, inside = look(name, named, m["tests"])
